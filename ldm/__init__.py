@@ -1,0 +1,1 @@
+"""Latent diffusion, every stage of it: mathematics, models and data."""

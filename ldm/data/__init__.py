@@ -1,0 +1,1 @@
+"""Captioned images: what the training scripts read."""
