@@ -1,0 +1,311 @@
+"""Typed configurations of the training scripts, read from YAML and `key=value` overrides.
+
+Model sections are the keyword arguments of the stock class they build; their keys are checked against its signature.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where captioned images come from. Images reach every network as (3, image_size, image_size) in [-1, 1]."""
+
+    source: str = "shapes"
+    """`shapes`, a folder of images, a parquet file or glob, or a Hub repository."""
+    split: str = "train"
+    """Split of a Hub repository or folder; of `shapes`: train, or test (captions never trained on)."""
+    image_size: int = 32
+    image_column: str = "image"
+    caption_column: str | None = None
+    """Column with the caption, or None where templates write it."""
+    caption_templates: list[str] = field(default_factory=list)
+    """Captions over columns, such as "a photo of a {label}"; one is drawn for each sample and epoch, the first is the
+    canonical one. Class labels become their names."""
+    label_names: list[str] = field(default_factory=list)
+    """Names of integer labels in a column called `label`, where the data set does not hold them itself."""
+    horizontal_flip: bool = False
+    """Mirror half of the images. Leave off where captions name sides."""
+    max_images: int | None = None
+    """Read only so many; the length of the series with `shapes`."""
+    num_workers: int = 0
+
+    def __post_init__(self):
+        _require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
+        _require(self.max_images is None or self.max_images > 0, "data.max_images", self.max_images, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One optimiser step sees `batch_size` samples, over all processes and accumulation steps together."""
+
+    max_steps: int = 1000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    learning_rate_schedule: str = "cosine"
+    """`cosine` to 0 at max_steps, or `constant`; both after a linear warm-up."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
+    precision: str = "auto"
+    """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware multiplies it fast, else fp32."""
+    compile: bool = False
+    log_every: int = 10
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
+        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
+        _require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
+        _choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training script has."""
+
+    output_dir: str
+    seed: int = 0
+    init: str = "scratch"
+    """`scratch`, or the run folder, component folder or Hub repository whose weights training starts from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(RunConfig):
+    """train_autoencoder.py: L1 + perceptual + KL, PatchGAN after a delay (Rombach et al. 2022, §3.1, appendix G)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of diffusers' AutoencoderKL."""
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 0.0
+    perceptual_clip: str | None = None
+    """Run of train_clip.py whose image tower measures the perceptual distance."""
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 0
+    """Step from which the discriminator counts."""
+    discriminator_channels: int = 32
+    statistics_images: int = 4096
+    """Images over which the mean and standard deviation of the latents are measured."""
+
+    def __post_init__(self):
+        for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(
+            self.perceptual_weight == 0 or self.perceptual_clip is not None,
+            "perceptual_weight",
+            self.perceptual_weight,
+            "0 unless perceptual_clip names a run of train_clip.py",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(RunConfig):
+    """train_clip.py: open_clip's model and loss (Radford et al. 2021)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `ldm.clip.model.build`, less vocabulary_size, context_length and image_size."""
+    vocabulary_size: int | None = None
+    """Size of a BPE vocabulary trained on the captions; None takes CLIP's own."""
+    context_length: int = 77
+    random_crop: float = 1.0
+    """Least share of an image's area kept by a random resized crop; 1 crops nothing."""
+    colour_jitter: float = 0.0
+    """Largest relative change of brightness and contrast."""
+    image_image_weight: float = 0.0
+    """Weight of SLIP's contrast between two augmented views of an image (Mu et al. 2021)."""
+
+    def __post_init__(self):
+        _require(self.context_length > 2, "context_length", self.context_length, "> 2")
+        _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "in (0, 1]")
+        _require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "in [0, 1)")
+        _require(self.image_image_weight >= 0, "image_image_weight", self.image_image_weight, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(RunConfig):
+    """train_prior.py: DALL·E 2's diffusion prior (Ramesh et al. 2022, §2.2)."""
+
+    clip: str = ""
+    """Run of train_clip.py."""
+    cache: str = ""
+    """Folder that cache_latents.py wrote."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of diffusers' PriorTransformer, less those that follow from CLIP."""
+    caption_dropout: float = 0.1
+
+    def __post_init__(self):
+        _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdmConfig(RunConfig):
+    """train_ldm.py: the conditional U-Net in latent space (Rombach et al. 2022; Ramesh et al. 2022, §2.1)."""
+
+    clip: str = ""
+    """Run of train_clip.py."""
+    autoencoder: str = ""
+    """Run of train_autoencoder.py."""
+    prior: str | None = None
+    """Run of train_prior.py: with it, sample grids are drawn from text alone."""
+    cache: str = ""
+    """Folder that cache_latents.py wrote."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of diffusers' UNet2DConditionModel, less those that follow from the other stages."""
+    prediction_type: str = "v_prediction"
+    """`v_prediction`, `epsilon` or `sample`."""
+    beta_schedule: str = "squaredcos_cap_v2"
+    """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
+    num_train_timesteps: int = 1000
+    min_snr_gamma: float | None = None
+    """γ of min-SNR weighting (Hang et al. 2023), or None for uniform weights."""
+    timestep_sampling: str = "uniform"
+    """`uniform`, or `logit_normal` (Esser et al. 2024, §3.1)."""
+    caption_dropout: float = 0.1
+    image_embedding_dropout: float = 0.1
+    joint_dropout: float = 0.05
+    """The part of both in which caption and image embedding are dropped together."""
+    max_noise_level: int = 0
+    """Image embeddings are noised to a level drawn from 0 … max_noise_level."""
+    sample_guidance_scale: float = 3.0
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts of the sample grids; none draws none."""
+
+    def __post_init__(self):
+        _require(
+            not self.sample_prompts or self.prior is not None,
+            "sample_prompts",
+            self.sample_prompts,
+            "empty unless prior names a run of train_prior.py",
+        )
+        _choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
+        _choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
+        _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
+        _require(
+            0 <= self.image_embedding_dropout < 1,
+            "image_embedding_dropout",
+            self.image_embedding_dropout,
+            "in [0, 1)",
+        )
+        _require(
+            0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout),
+            "joint_dropout",
+            self.joint_dropout,
+            "at most caption_dropout and image_embedding_dropout",
+        )
+        _require(
+            self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "> 0 or null"
+        )
+        _require(
+            0 <= self.max_noise_level < self.num_train_timesteps,
+            "max_noise_level",
+            self.max_noise_level,
+            f"in [0, {self.num_train_timesteps})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """cache_latents.py: what the frozen encoders say of every image and caption, written once."""
+
+    output_dir: str
+    autoencoder: str = ""
+    clip: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = 256
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "> 0")
+        _choose("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+
+
+def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration of class `kind` from a YAML file; `overrides` are `key=value`, dots descend.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the nearest is named), or a value out of its range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    schema = OmegaConf.structured(kind)
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"override {override!r} is not of the form key=value, such as training.max_steps=500")
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        if missing := OmegaConf.missing_keys(merged):
+            raise UserError(f"{path}: {', '.join(sorted(missing))} must be set")
+        return OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        key = error.full_key or error.key
+        raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), _keys(kind))}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes a configuration as YAML that `load` reads back to an equal one."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check_arguments(section: str, arguments: dict[str, Any], build: type) -> None:
+    """Raises UserError where `arguments` names one that `build` (a class or function) does not take."""
+    known = [name for name in inspect.signature(build).parameters if name != "self"]
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"unknown key '{section}.{name}'{_nearest(name, known)}")
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for item in dataclasses.fields(kind):
+        names.append(prefix + item.name)
+        if dataclasses.is_dataclass(item.type):
+            names += _keys(item.type, prefix + item.name + ".")
+    return names
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name} must be {allowed}, got {value}")
+
+
+def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{_nearest(value, list(allowed))}")

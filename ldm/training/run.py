@@ -1,0 +1,69 @@
+"""A run folder and its processes: begun fresh, or resumed from the newest whole checkpoint."""
+
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ldm import config as configuration
+from ldm.config import RunConfig
+from ldm.data.order import Share
+from ldm.errors import UserError
+from ldm.training import checkpoint, precision
+from ldm.training.checkpoint import Checkpoint
+
+
+def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoint | None]:
+    """Checks and makes the run folder, and writes config.yaml there.
+
+    Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from.
+
+    Raises:
+        UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume.
+    """
+    folder = Path(config.output_dir)
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir {folder} is already in use; add --resume to continue it, or choose another")
+    newest = checkpoint.newest(folder / "checkpoints") if resume else None
+    if resume and newest is None:
+        raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
+    accelerator = Accelerator(
+        mixed_precision=precision.resolve(config.training.precision),
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+    )
+    share = Share(
+        config.training.batch_size,
+        config.training.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    accelerator.wait_for_everyone()  # before the folder exists, all have checked it
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            configuration.save(config, folder / "config.yaml")
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+    return accelerator, share, None if newest is None else checkpoint.load(newest)
+
+
+def component_folder(run: str, option: str, component: str) -> Path:
+    """Folder of a component that a run left in `<run>/model/`; `run` may also be a pipeline folder or Hub repository.
+
+    Raises:
+        UserError: naming `option`, its value, and what is missing.
+    """
+    if not run:
+        raise UserError(f"{option} must be set: the run folder that holds model/{component}")
+    root = Path(run)
+    if not root.exists() and run.count("/") == 1 and not run.startswith((".", os.sep)):
+        from ldm.hub import resolve
+
+        root = resolve(run)
+    for folder in (root / "model", root):
+        if (folder / component / "config.json").is_file():
+            return folder / component
+    raise UserError(
+        f"{option} {run}: component {component!r} missing: expected {root / 'model' / component / 'config.json'}"
+        "; has that run finished?"
+    )

@@ -1,0 +1,85 @@
+"""Configurations: files of the project load, overrides reach every key, mistakes are one line."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm import config
+from ldm.config import AutoencoderConfig, CacheConfig, ClipConfig, LdmConfig, PriorConfig
+from ldm.errors import UserError, exit_code_of
+
+ROOT = Path(__file__).parents[2]
+KINDS = {
+    "autoencoder": AutoencoderConfig,
+    "clip": ClipConfig,
+    "prior": PriorConfig,
+    "ldm": LdmConfig,
+    "cache": CacheConfig,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: str(path.name))
+def test_every_shipped_config_loads(path):
+    loaded = config.load(KINDS[path.stem], path)
+    assert loaded.output_dir == f"runs/{path.parent.name}/{path.stem}"
+
+
+def test_save_and_load_give_an_equal_config(tmp_path):
+    first = config.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", ["seed=7", "training.betas=[0.8,0.95]"])
+    config.save(first, tmp_path / "config.yaml")
+    assert config.load(LdmConfig, tmp_path / "config.yaml") == first
+    assert first.seed == 7 and first.training.betas == [0.8, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.max_step=3", ["training.max_step", "did you mean 'training.max_steps'"]),
+        ("trainin.max_steps=3", ["trainin"]),
+        ("outptu_dir=x", ["did you mean 'output_dir'"]),
+        ("training.max_steps=0", ["training.max_steps", "> 0", "got 0"]),
+        ("training.max_steps=many", ["many", "Integer"]),
+        ("training.precision=bf15", ["training.precision", "did you mean 'bf16'"]),
+        ("caption_dropout=1.5", ["caption_dropout", "1.5"]),
+        ("joint_dropout=0.5", ["joint_dropout", "0.5"]),
+        ("max_noise_level=1000", ["max_noise_level", "1000"]),
+        ("prior=null", ["sample_prompts", "train_prior.py"]),
+        ("training.max_steps", ["key=value"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(override, words):
+    with pytest.raises(UserError) as error:
+        config.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", [override])
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_missing_file_and_a_missing_key(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        config.load(LdmConfig, tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match="output_dir must be set"):
+        config.load(LdmConfig, tmp_path / "empty.yaml")
+    (tmp_path / "broken.yaml").write_text("seed: [1\n")
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        config.load(LdmConfig, tmp_path / "broken.yaml")
+
+
+def test_unknown_model_arguments_name_the_nearest():
+    from diffusers import UNet2DConditionModel
+
+    config.check_arguments("model", {"layers_per_block": 1}, UNet2DConditionModel)
+    with pytest.raises(UserError, match=r"model\.layer_per_block.*did you mean 'layers_per_block'"):
+        config.check_arguments("model", {"layer_per_block": 1}, UNet2DConditionModel)
+
+
+def test_exit_codes(capsys):
+    def fails(error):
+        raise error
+
+    from ldm.errors import RunError
+
+    assert exit_code_of(lambda: None) == 0
+    assert exit_code_of(lambda: fails(UserError("the user's"))) == 2
+    assert exit_code_of(lambda: fails(RunError("the run's"))) == 1
+    assert capsys.readouterr().err == "error: the user's\nfailed: the run's\n"

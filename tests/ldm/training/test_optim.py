@@ -1,0 +1,87 @@
+"""Optimisation: schedules have their closed form, and state survives a round trip exactly."""
+
+import math
+
+import pytest
+import torch
+
+from ldm.config import TrainingConfig
+from ldm.errors import RunError
+from ldm.training import optim
+
+
+def test_warm_up_then_cosine():
+    config = TrainingConfig(max_steps=110, warmup_steps=10)
+    factors = [optim.learning_rate_factor(step, config) for step in range(110)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[60] == pytest.approx(0.5) and factors[35] == pytest.approx(0.5 + math.sqrt(0.5) / 2)
+    assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-3
+
+
+def test_constant_after_warm_up():
+    config = TrainingConfig(max_steps=20, warmup_steps=4, learning_rate_schedule="constant")
+    assert [optim.learning_rate_factor(step, config) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def step_once(model, optimizer, ema, step):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.step(model.parameters())
+
+
+def new():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+    config = TrainingConfig(learning_rate=0.01, weight_decay=0.1)
+    return model, optim.adamw(model, config), optim.moving_average(model, 0.9)
+
+
+def test_restored_state_goes_on_bit_for_bit():
+    model, optimizer, ema = new()
+    for step in range(5):
+        step_once(model, optimizer, ema, step)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {name: value.clone() for name, value in optim.optimizer_tensors(optimizer).items()}
+    averages = {name: value.clone() for name, value in optim.ema_tensors(ema, model).items()}
+    for step in range(5, 9):
+        step_once(model, optimizer, ema, step)
+
+    other, other_optimizer, other_ema = new()
+    other.load_state_dict(weights)
+    optim.load_optimizer(other_optimizer, kept)
+    optim.load_ema(other_ema, other, averages, 5)
+    for step in range(5, 9):
+        step_once(other, other_optimizer, other_ema, step)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(ema.shadow_params, other_ema.shadow_params, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vectors_are_not_decayed():
+    model, optimizer, _ = new()
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.1 if p.ndim > 1 else 0.0) for p in model.parameters())
+
+
+def test_averaged_weights_are_there_only_inside():
+    model, optimizer, ema = new()
+    for step in range(3):
+        step_once(model, optimizer, ema, step)
+    before = model[0].weight.detach().clone()
+    with optim.averaged(ema, model):
+        assert torch.equal(model[0].weight, ema.shadow_params[0]) and not model.training
+        assert not torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight, before) and model.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_or_gradient_stops_the_run(value):
+    fine, bad = torch.tensor(1.0), torch.tensor(value)
+    optim.check_finite(fine, fine, step=3, learning_rate=0.1)
+    with pytest.raises(RunError, match="step 3: the loss is"):
+        optim.check_finite(bad, fine, step=3, learning_rate=0.1)
+    with pytest.raises(RunError, match="the gradient norm is"):
+        optim.check_finite(fine, bad, step=3, learning_rate=0.1)
