@@ -1,0 +1,248 @@
+"""Captioned images from a Hub repository, a folder, parquet files, or the shapes that `ldm.data.shapes` draws."""
+
+import io
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldm.config import DataConfig
+from ldm.data import shapes
+from ldm.errors import RunError, UserError
+from ldm.training import randomness
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MEMORY_LIMIT = 2**30  # decoded images are kept in memory up to this many bytes
+_SHAPES_LENGTH = 10_000
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Samples addressed as (epoch, index); what is random about one is a function of (seed, epoch, index).
+
+    A batch is a dict: images (B, 3, S, S) float32 in [-1, 1]; captions, a list of B strings; indices (B,) int64.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        read_image: Callable[[int], Image.Image],
+        read_captions: Callable[[int], list[str]],
+        length: int,
+    ):
+        self.config, self.seed, self.length = config, seed, length
+        self._read_image, self._read_captions = read_image, read_captions
+        pixels = 3 * config.image_size**2
+        self._pixels = np.zeros((length, pixels), np.uint8) if length * pixels <= _MEMORY_LIMIT else None
+        self._is_read = np.zeros(length, bool)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def captions(self, index: int) -> list[str]:
+        """Every caption of sample `index`; the first is the canonical one."""
+        return self._read_captions(index)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Sample `index` as uint8 (3, S, S), not flipped.
+
+        Raises:
+            RunError: the image cannot be decoded; the line names it.
+        """
+        size = self.config.image_size
+        if self._pixels is not None and self._is_read[index]:
+            return self._pixels[index].reshape(3, size, size)
+        try:
+            image = _to_square(self._read_image(index), size)
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            raise RunError(f"image {index} of {self.config.source} cannot be decoded: {error}") from None
+        values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        if self._pixels is not None:
+            self._pixels[index] = values.reshape(-1)
+            self._is_read[index] = True
+        return values
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        images, captions = [], []
+        for epoch, index in places:
+            draw = randomness.key(self.seed, "augmentation", epoch, index)
+            pixels = self.pixels(index)
+            images.append(pixels[:, :, ::-1] if self.config.horizontal_flip and draw % 2 else pixels)
+            choices = self.captions(index)
+            captions.append(choices[draw // 2 % len(choices)])
+        return {
+            "images": to_float(np.stack(images)),
+            "captions": captions,
+            "indices": torch.tensor([index for _, index in places]),
+        }
+
+
+def as_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """collate_fn for a DataLoader: `__getitems__` has made the batch already."""
+    return batch
+
+
+def to_float(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (…) to float32 (…) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
+
+
+def open_images(config: DataConfig, seed: int) -> CaptionedImages:
+    """Opens `config.source`.
+
+    Raises:
+        UserError: no such source, a column that is not there (those that are get listed), or no caption given.
+    """
+    if config.source == "shapes":
+        return _open_shapes(config, seed)
+    folder = Path(config.source)
+    if folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt")):
+        return _open_text_files(config, seed, folder)
+    table = _load_table(config)
+    if config.image_column not in table.column_names:
+        raise UserError(
+            f"data.image_column {config.image_column!r}: {config.source} has no such column; "
+            f"it has {', '.join(table.column_names)}"
+        )
+    caption_of = _caption_reader(config, table)
+    table = table.cast_column(config.image_column, datasets.Image(decode=False))
+    if config.max_images is not None:
+        table = table.select(range(min(config.max_images, len(table))))
+    if len(table) == 0:
+        raise UserError(f"data.source {config.source}: no images there")
+    images = table.select_columns([config.image_column])
+
+    def read_image(index: int) -> Image.Image:
+        stored = images[index][config.image_column]
+        return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+
+    return CaptionedImages(config, seed, read_image, caption_of, len(table))
+
+
+def _load_table(config: DataConfig) -> datasets.Dataset:
+    source = config.source
+    try:
+        if source.endswith(".parquet"):
+            if not any(Path().glob(source) if not Path(source).is_absolute() else [Path(source)]):
+                raise UserError(f"data.source {source}: no such file")
+            return datasets.load_dataset("parquet", data_files=source, split="train")
+        if Path(source).is_dir():
+            if parquet := sorted(str(path) for path in Path(source).glob("*.parquet")):
+                raise UserError(f"data.source {source}: name one of its parquet files: {', '.join(parquet)}")
+            if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(source).rglob("*")):
+                raise UserError(f"data.source {source}: no images there")
+            return datasets.load_dataset("imagefolder", data_dir=source, split=config.split)
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+            raise UserError(f"data.source {source}: no such file or folder, nor the name of a Hub repository")
+        return datasets.load_dataset(source, split=config.split)
+    except UserError:
+        raise
+    except Exception as error:  # every fault of the data set's own files or of the network, in one line
+        raise UserError(f"data.source {source}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+
+
+def _caption_reader(config: DataConfig, table: datasets.Dataset) -> Callable[[int], list[str]]:
+    columns = [name for name in table.column_names if name != config.image_column]
+    if config.caption_column is not None:
+        if config.caption_column not in columns:
+            raise UserError(
+                f"data.caption_column {config.caption_column!r}: {config.source} has no such column; "
+                f"it has {', '.join(table.column_names)}"
+            )
+        captions = table[config.caption_column]
+        return lambda index: [str(captions[index])]
+    if not config.caption_templates:
+        raise UserError(
+            f"data: set caption_column or caption_templates, such as 'a photo of a {{label}}'; "
+            f"{config.source} has the columns {', '.join(table.column_names)}"
+        )
+    needed = {
+        name for template in config.caption_templates for _, name, _, _ in string.Formatter().parse(template) if name
+    }
+    if absent := sorted(needed - set(columns)):
+        raise UserError(
+            f"data.caption_templates name {absent[0]!r}: {config.source} has no such column; "
+            f"it has {', '.join(table.column_names)}"
+        )
+    values = {name: _names(table, name, config.label_names) for name in sorted(needed)}
+
+    def captions_of(index: int) -> list[str]:
+        row = {name: column[index] for name, column in values.items()}
+        return [fill_template(template, row) for template in config.caption_templates]
+
+    return captions_of
+
+
+def _names(table: datasets.Dataset, column: str, label_names: list[str]) -> list[str]:
+    """A column as words: class labels become their names."""
+    feature = table.features[column]
+    values = list(table[column])
+    names = feature.names if isinstance(feature, ClassLabel) else label_names
+    if names and values and isinstance(values[0], int):
+        if max(values) >= len(names):
+            raise UserError(f"data.label_names has {len(names)} names, but column {column!r} holds {max(values)}")
+        return [names[value] for value in values]
+    return [str(value) for value in values]
+
+
+def fill_template(template: str, row: dict[str, str]) -> str:
+    """The template with its columns filled in; "a {label}" becomes "an airplane" where the word asks for it."""
+    text = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        text += literal
+        if name:
+            value = row[name]
+            if value[:1].lower() in "aeiou" and re.search(r"\b[Aa] $", text):
+                text = text[:-1] + "n "
+            text += value
+    return text
+
+
+def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedImages:
+    """A folder with the caption of `name.png` in `name.txt`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = [path for path in paths if path.with_suffix(".txt").is_file()][: config.max_images]
+    if not paths:
+        raise UserError(f"data.source {folder}: no image there has a .txt file of the same name beside it")
+    return CaptionedImages(
+        config,
+        seed,
+        lambda index: Image.open(paths[index]),
+        lambda index: [paths[index].with_suffix(".txt").read_text().strip()],
+        len(paths),
+    )
+
+
+def _open_shapes(config: DataConfig, seed: int) -> CaptionedImages:
+    if config.split not in ("train", "test"):
+        raise UserError(f"data.split of shapes must be train or test, got {config.split!r}")
+    scenes, number = [], 0
+    while len(scenes) < (config.max_images or _SHAPES_LENGTH):
+        scene = shapes.make_scene(0, number)
+        number += 1
+        if shapes.is_held_out(scene.caption) == (config.split == "test"):
+            scenes.append(scene)
+    return CaptionedImages(
+        config,
+        seed,
+        lambda index: shapes.draw(scenes[index], config.image_size),
+        lambda index: [scenes[index].caption],
+        len(scenes),
+    )
+
+
+def _to_square(image: Image.Image, size: int) -> Image.Image:
+    """Upright RGB of size × size: the shorter side scaled, the middle kept; transparency becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    image = image.convert("RGB")
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,70 @@
+"""Which samples a step sees: a pure function of (seed, step), divided among processes and accumulation steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ldm.errors import UserError
+from ldm.training.randomness import generator
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of every global batch of `batch_size` samples.
+
+    A global batch is cut into accumulation · processes micro-batches; micro-batch number a · processes + rank is
+    what process `rank` sees in accumulation step `a`.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    num_processes: int = 1
+    rank: int = 0
+
+    def __post_init__(self):
+        parts = self.accumulation * self.num_processes
+        if self.batch_size % parts:
+            raise UserError(
+                f"training.batch_size {self.batch_size} is not a multiple of {parts} = "
+                f"gradient_accumulation_steps {self.accumulation} × {self.num_processes} processes"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // (self.accumulation * self.num_processes)
+
+    def slice(self, accumulation_step: int) -> slice:
+        """Places of this process's micro-batch in the global batch."""
+        first = (accumulation_step * self.num_processes + self.rank) * self.micro_batch_size
+        return slice(first, first + self.micro_batch_size)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """A permutation (num_samples,) of the sample numbers."""
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
+
+
+def global_batch(step: int, batch_size: int, num_samples: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, sample) of every sample of step `step` (0 is the first). A batch may span the border of two epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [(p // num_samples, int(epoch_order(num_samples, seed, p // num_samples)[p % num_samples])) for p in places]
+
+
+class MicroBatches:
+    """Batch sampler for a DataLoader: this process's micro-batches from `first_step` up to `last_step`, exclusive."""
+
+    def __init__(self, num_samples: int, share: Share, seed: int, first_step: int, last_step: int):
+        self.num_samples, self.share, self.seed = num_samples, share, seed
+        self.steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.share.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            batch = global_batch(step, self.share.batch_size, self.num_samples, self.seed)
+            for accumulation_step in range(self.share.accumulation):
+                yield batch[self.share.slice(accumulation_step)]
