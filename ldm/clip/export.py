@@ -1,0 +1,220 @@
+"""open_clip's model as transformers' two towers with the same embeddings, and back; both on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ldm.clip.model import build
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClipTowers:
+    """A trained CLIP as transformers has it."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModelWithProjection
+    image_encoder: CLIPVisionModelWithProjection
+
+
+BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+"""Names inside a transformer block: open_clip's → transformers'."""
+
+
+def to_transformers(
+    model: open_clip.CLIP, tokenizer: CLIPTokenizer
+) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    """The text and the image tower, in evaluation mode, in fp32 on the CPU; embeddings equal within 1e-5."""
+    state = {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
+    text, vision = model.transformer, model.visual.transformer
+    text_encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=text.width,
+            intermediate_size=text.resblocks[0].mlp.c_fc.out_features,
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.resblocks[0].attn.num_heads,
+            max_position_embeddings=model.context_length,
+            projection_dim=model.text_projection.shape[1],
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    image_encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=vision.width,
+            intermediate_size=vision.resblocks[0].mlp.c_fc.out_features,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.resblocks[0].attn.num_heads,
+            image_size=model.visual.image_size[0],
+            patch_size=model.visual.patch_size[0],
+            projection_dim=model.visual.proj.shape[1],
+            hidden_act="gelu",
+        )
+    )
+    text_encoder.load_state_dict(
+        {
+            "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+            "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+            **_blocks(state, "transformer.resblocks", "text_model.encoder.layers", text.layers),
+            **_layer_norm(state, "ln_final", "text_model.final_layer_norm"),
+            "text_projection.weight": state["text_projection"].T.contiguous(),
+        }
+    )
+    image_encoder.load_state_dict(
+        {
+            "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
+            "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
+            "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+            **_layer_norm(state, "visual.ln_pre", "vision_model.pre_layrnorm"),
+            **_blocks(state, "visual.transformer.resblocks", "vision_model.encoder.layers", vision.layers),
+            **_layer_norm(state, "visual.ln_post", "vision_model.post_layernorm"),
+            "visual_projection.weight": state["visual.proj"].T.contiguous(),
+        }
+    )
+    return text_encoder.eval(), image_encoder.eval()
+
+
+def from_transformers(
+    text_encoder: CLIPTextModelWithProjection, image_encoder: CLIPVisionModelWithProjection
+) -> open_clip.CLIP:
+    """The towers as one open_clip model, to train on; its temperature begins afresh.
+
+    Raises:
+        UserError: an activation other than GELU.
+    """
+    text, vision = text_encoder.config, image_encoder.config
+    for name, config in (("text_encoder", text), ("image_encoder", vision)):
+        if config.hidden_act != "gelu":
+            raise UserError(f"init: {name} has activation {config.hidden_act!r}; only 'gelu' can be trained further")
+    model = build(
+        embedding_dim=text.projection_dim,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vision_width=vision.hidden_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads,
+        text_width=text.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_heads=text.num_attention_heads,
+        vocabulary_size=text.vocab_size,
+        context_length=text.max_position_embeddings,
+        mlp_ratio=vision.intermediate_size / vision.hidden_size,
+    )
+    state = {**text_encoder.state_dict(), **image_encoder.state_dict()}
+    model.load_state_dict(
+        {
+            "logit_scale": model.logit_scale.detach(),
+            "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+            "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+            **_open_blocks(state, "text_model.encoder.layers", "transformer.resblocks", text.num_hidden_layers),
+            **_layer_norm(state, "text_model.final_layer_norm", "ln_final"),
+            "text_projection": state["text_projection.weight"].T,
+            "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+            "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+            "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+            **_layer_norm(state, "vision_model.pre_layrnorm", "visual.ln_pre"),
+            **_open_blocks(
+                state, "vision_model.encoder.layers", "visual.transformer.resblocks", vision.num_hidden_layers
+            ),
+            **_layer_norm(state, "vision_model.post_layernorm", "visual.ln_post"),
+            "visual.proj": state["visual_projection.weight"].T,
+        }
+    )
+    return model
+
+
+def image_processor(image_size: int) -> CLIPImageProcessor:
+    """From any picture to (3, image_size, image_size) in [-1, 1], what every network here sees."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def save(model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Writes text_encoder, image_encoder, tokenizer and image_processor into `folder`."""
+    text_encoder, image_encoder = to_transformers(model, tokenizer)
+    text_encoder.save_pretrained(folder / "text_encoder")
+    image_encoder.save_pretrained(folder / "image_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    image_processor(image_encoder.config.image_size).save_pretrained(folder / "image_processor")
+
+
+def load(folder: str | Path) -> ClipTowers:
+    """Towers and tokenizer from a run folder or its `model/`, frozen and in evaluation mode.
+
+    Raises:
+        UserError: a component is missing, or its weights do not fill it exactly.
+    """
+    root = Path(folder)
+    root = root / "model" if (root / "model").is_dir() else root
+    for component in ("text_encoder/config.json", "image_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        if not (root / component).is_file():
+            raise UserError(f"clip {folder}: '{root / component}' is missing; has train_clip.py finished there?")
+    return ClipTowers(
+        CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        _frozen(CLIPTextModelWithProjection, root / "text_encoder"),
+        _frozen(CLIPVisionModelWithProjection, root / "image_encoder"),
+    )
+
+
+def _frozen(kind: type, folder: Path):
+    model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            first = sorted(map(str, report[fault]))[0]
+            raise UserError(
+                f"'{folder}': config and weights disagree, {fault.replace('_', ' ')}: {first}; write it again"
+            )
+    return model.eval().requires_grad_(False)
+
+
+def _layer_norm(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    return {f"{target}.{name}": state[f"{source}.{name}"] for name in ("weight", "bias")}
+
+
+def _blocks(state: dict[str, Tensor], source: str, target: str, layers: int) -> dict[str, Tensor]:
+    """open_clip keeps query, key and value in one matrix, transformers in three."""
+    blocks = {}
+    for layer in range(layers):
+        for name in ("weight", "bias"):
+            for ours, theirs in BLOCK.items():
+                blocks[f"{target}.{layer}.{theirs}.{name}"] = state[f"{source}.{layer}.{ours}.{name}"]
+            rows = state[f"{source}.{layer}.attn.in_proj_{name}"].chunk(3)
+            for letter, row in zip("qkv", rows, strict=True):
+                blocks[f"{target}.{layer}.self_attn.{letter}_proj.{name}"] = row.clone()
+    return blocks
+
+
+def _open_blocks(state: dict[str, Tensor], source: str, target: str, layers: int) -> dict[str, Tensor]:
+    blocks = {}
+    for layer in range(layers):
+        for name in ("weight", "bias"):
+            for ours, theirs in BLOCK.items():
+                blocks[f"{target}.{layer}.{ours}.{name}"] = state[f"{source}.{layer}.{theirs}.{name}"]
+            blocks[f"{target}.{layer}.attn.in_proj_{name}"] = torch.cat(
+                [state[f"{source}.{layer}.self_attn.{letter}_proj.{name}"] for letter in "qkv"]
+            )
+    return blocks
