@@ -1,0 +1,59 @@
+"""Command lines whose mistakes are one line: argparse without usage dumps, abbreviations or an exit of its own."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ldm.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` that raises `UserError` in one line, with the nearest option for an unknown one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())}; see `{self.prog} --help`")
+
+    # argparse reports a missing option before an unknown one, so the unknown one is looked for first.
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_options(args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_options(args)
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _refuse_unknown_options(self, arguments: Sequence[str]) -> None:
+        known = [name for action in self._actions for name in action.option_strings]
+        for argument in arguments:
+            if argument == "--" or (self._subparsers is not None and not argument.startswith("-")):
+                return  # what follows is positional, or a subcommand's own
+            name = argument.partition("=")[0]
+            if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                remedy = f"did you mean '{nearest[0]}'?" if nearest else f"the options are {', '.join(known)}"
+                raise UserError(f"unknown option '{name}'; {remedy}")
+
+
+def parse_training_arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a training script: `--config PATH [--resume] [key=value ...]`, in any order.
+
+    `argv` defaults to the process's arguments. Returns `config` (str), `resume` (bool) and `overrides` (list of
+    `key=value`). Raises `UserError` for anything else.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", metavar="PATH", required=True, help="the YAML file of this stage")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of output_dir")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    for override in arguments.overrides:
+        if not re.match(r"[^=\s]+=", override):
+            raise UserError(f"override '{override}' is not key=value, e.g. training.max_steps=500")
+    return arguments

@@ -1,0 +1,222 @@
+"""From the run folders of the four stages to one pipeline folder that stock Diffusers opens."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ldm.errors import RunError, UserError
+from ldm.hub import check_component, read_json
+
+COMPONENTS = {
+    "autoencoder": {"vae": "AutoencoderKL"},
+    "clip": {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"},
+    "prior": {"prior": "PriorTransformer", "prior_scheduler": "DDPMScheduler"},
+    "unet": {
+        "unet": "UNet2DConditionModel",
+        "scheduler": "DDIMScheduler",
+        "image_normalizer": "StableUnCLIPImageNormalizer",
+        "image_noising_scheduler": "DDPMScheduler",
+    },
+}
+"""What each stage gives, with the class that usually sits there: it tells which files to expect."""
+
+FLOAT_DTYPES = ("float16", "float32")
+
+
+def assemble(
+    autoencoder: str | Path,
+    clip: str | Path,
+    prior: str | Path,
+    unet: str | Path,
+    output: str | Path,
+    dtype: str = "float16",
+) -> Path:
+    """Puts the stages' components together in `output`, weights in `dtype` (float16 or float32). Returns the folder.
+
+    Each stage is a run folder or its `model/` folder. Whatever the weights are stored in, the pipeline computes in
+    float32 unless it is opened otherwise. Raises `UserError` where a stage is incomplete or does not fit the others, or
+    `output` is in use; nothing is left behind then.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")
+    folders = find_components({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet})
+    check_fit(folders)
+    output = check_output_folder(output)
+
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _save_pipeline(folders, partial, dtype)
+        _make_readable(partial)
+        if output.exists():
+            output.rmdir()  # empty: checked above
+        partial.rename(output)
+    except OSError as error:
+        raise RunError(f"'{output}' could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def check_output_folder(output: str | Path) -> Path:
+    """A folder that can be made, or an empty one. Raises `UserError` otherwise."""
+    output = Path(output).expanduser().absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output '{output}' is already in use; name a new folder, or remove it first")
+    existing = next(parent for parent in output.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output '{output}' cannot be written: '{existing}' is not a writable folder; name another")
+    return output
+
+
+def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
+    """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise."""
+    folders = {}
+    for stage, name in stages.items():
+        run = Path(name).expanduser()
+        if not run.is_dir():
+            raise UserError(f"{stage} '{run}' is not a folder; give the output_dir of a finished {stage} run")
+        model = run / "model" if (run / "model").is_dir() else run
+        for component, class_name in COMPONENTS[stage].items():
+            if not (model / component).is_dir():
+                raise UserError(
+                    f"{stage} '{run}' has no '{component}' in it; give a finished {stage} run "
+                    f"(its model folder holds {', '.join(COMPONENTS[stage])})"
+                )
+            check_component(model / component, class_name)
+            folders[component] = model / component
+    return folders
+
+
+def check_fit(folders: dict[str, Path]) -> None:
+    """Raises `UserError` at the first pair of sizes, one of each of two stages, that should be equal and are not."""
+    vae, text, prior, unet, normalizer = (
+        read_json(folders[name] / "config.json")
+        for name in ("vae", "text_encoder", "prior", "unet", "image_normalizer")
+    )
+    tokenizer = read_json(folders["tokenizer"] / "tokenizer_config.json")
+    embedding, width = text.get("projection_dim"), text.get("hidden_size")
+    length = text.get("max_position_embeddings")
+    read_by_prior = prior.get("embedding_dim")
+
+    def equal(left: str, left_value: object, right: str, right_value: object, remedy: str) -> None:
+        if left_value != right_value:
+            raise UserError(f"{left} is {left_value}, but {right} is {right_value}; {remedy}")
+
+    retrain_unet = "train the U-Net with this autoencoder and CLIP"
+    retrain_prior = "train the prior with this CLIP"
+    autoencoder_latents = vae.get("latent_channels")
+    equal("the U-Net's in_channels", unet.get("in_channels"), "the autoencoder's latent_channels", autoencoder_latents,
+          retrain_unet)  # fmt: skip
+    equal("the U-Net's cross_attention_dim", unet.get("cross_attention_dim"), "CLIP's text width", width, retrain_unet)
+    equal("the U-Net's class_embed_type", unet.get("class_embed_type"), "the pipeline's", "projection",
+          "train the U-Net with image embeddings")  # fmt: skip
+    equal("the U-Net's projection_class_embeddings_input_dim", unet.get("projection_class_embeddings_input_dim"),
+          "twice CLIP's embedding size", 2 * embedding, retrain_unet)  # fmt: skip
+    equal("the image normaliser's embedding_dim", normalizer.get("embedding_dim"), "CLIP's embedding size", embedding,
+          retrain_unet)  # fmt: skip
+    for name in ("embedding_dim", "embedding_proj_dim", "clip_embed_dim"):
+        equal(f"the prior's {name}", prior.get(name) or read_by_prior, "CLIP's embedding size", embedding,
+              retrain_prior)  # fmt: skip
+    equal("the prior's embedding_dim", read_by_prior, "CLIP's text width", width,
+          "the prior reads both through one size: train CLIP with equal ones")  # fmt: skip
+    equal("the prior's num_embeddings", prior.get("num_embeddings"), "CLIP's context length", length, retrain_prior)
+    equal("the tokenizer's model_max_length", tokenizer.get("model_max_length"), "CLIP's context length", length,
+          "export CLIP again")  # fmt: skip
+
+
+def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
+    # Imported here: a mistake in the folders is told without waiting for torch.
+    import torch
+    from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from pipelines.text_to_image import LatentDiffusionPipeline
+
+    def model(kind: type, name: str):
+        return kind.from_pretrained(folders[name], torch_dtype=torch.float32, use_safetensors=True)
+
+    tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
+    with_projection = CLIPTextModelWithProjection.from_pretrained(folders["text_encoder"], dtype=torch.float32)
+    text_encoder = CLIPTextModel(with_projection.config).eval()
+    _copy_text_tower(with_projection, text_encoder)
+
+    pipeline = LatentDiffusionPipeline(
+        vae=model(AutoencoderKL, "vae"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=model(UNet2DConditionModel, "unet"),
+        scheduler=_scheduler(folders["scheduler"]),
+        prior_tokenizer=tokenizer,
+        prior_text_encoder=with_projection,
+        prior=model(PriorTransformer, "prior"),
+        prior_scheduler=_skipping(_scheduler(folders["prior_scheduler"])),
+        image_normalizer=model(StableUnCLIPImageNormalizer, "image_normalizer"),
+        image_noising_scheduler=_scheduler(folders["image_noising_scheduler"]),
+    )
+    pipeline.save_pretrained(output)
+    _forget_paths(output)
+    # Only the files are converted. The text towers' configs keep saying float32, since Transformers computes in what
+    # its config says and Diffusers in float32: stock would mix the two.
+    for file in output.rglob("*.safetensors"):
+        _convert(file, getattr(torch, dtype))
+
+
+def _copy_text_tower(source, target) -> None:
+    """The weights of CLIPTextModelWithProjection but its projection, into CLIPTextModel: same tower, other prefix."""
+    state = {key.removeprefix("text_model."): value for key, value in source.state_dict().items()}
+    state.pop("text_projection.weight")
+    prefix = "text_model." if any(key.startswith("text_model.") for key in target.state_dict()) else ""
+    target.load_state_dict({f"{prefix}{key}": value for key, value in state.items()})
+
+
+def _scheduler(folder: Path):
+    import diffusers
+
+    name = read_json(folder / "scheduler_config.json").get("_class_name")
+    kind = getattr(diffusers, str(name), None) if str(name).endswith("Scheduler") else None
+    if kind is None:
+        raise UserError(f"'{folder}' names {name!r}, which is no scheduler of diffusers; train the stage again")
+    return kind.from_pretrained(folder)
+
+
+def _skipping(scheduler):
+    """The same process under a scheduler that may skip timesteps.
+
+    StableUnCLIPPipeline steps UnCLIPScheduler without saying where to, and it then takes one timestep of its 1000 at a
+    time: after 25 steps the embedding is still noise. DDPMScheduler knows its steps, and reads the same config.
+    """
+    from diffusers import DDPMScheduler, UnCLIPScheduler
+
+    return DDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, UnCLIPScheduler) else scheduler
+
+
+def _convert(file: Path, dtype) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()
+    }
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{file.parent.name}: '{name}' is not finite in {dtype}; the run's weights are damaged")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _forget_paths(folder: Path) -> None:
+    """Takes the paths of this machine out of the components' configs."""
+    for file in folder.rglob("*config.json"):
+        config = read_json(file)
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _make_readable(folder: Path) -> None:
+    """safetensors writes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)

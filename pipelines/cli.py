@@ -1,0 +1,193 @@
+"""The command `ldm`: draw pictures, put trained stages together.
+
+Nothing heavy is imported before the arguments are checked, so that a mistake is told at once.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import hub
+from ldm.errors import RunError, UserError, exit_code_of
+from pipelines.arguments import ArgumentParser
+from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components
+from pipelines.checks import check_count, check_prompt, check_scale
+
+BUNDLED_MODEL = Path(__file__).parent / "default"
+KNOWS = "knows.json"
+"""In a model's folder: {"words": [...], "says": "..."}, said when a prompt has none of the words."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+LARGEST_SEED = 2**63 - 1
+IMAGES_AT_ONCE = 16
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command and exits: 0, 2 for what the user gave, 1 for a failure (`ldm/errors.py`)."""
+    sys.exit(exit_code_of(lambda: _run(argv)))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():  # which also restores how they are shown
+        warnings.showwarning = _show_in_one_line
+        arguments.command(arguments)
+
+
+def _show_in_one_line(message: Warning | str, *_, **__) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="ldm", description="Text to image with latent diffusion, every stage trainable.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    drawing = commands.add_parser("generate", help="draw pictures of a text")
+    drawing.add_argument("prompt", help="what to draw, such as 'a photo of a cat'")
+    drawing.add_argument("--output", metavar="FILE", required=True, help=f"the picture: {', '.join(PICTURES)}")
+    drawing.add_argument("--model", metavar="FOLDER|REPO", default=str(BUNDLED_MODEL), help="default: the bundled one")
+    drawing.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a REPO")
+    drawing.add_argument("--seed", metavar="N", type=int, default=0, help="of the first picture; default: 0")
+    drawing.add_argument(
+        "--num-images", metavar="N", type=int, default=1, help="writes FILE-0, FILE-1, …, seeds N, N+1"
+    )
+    drawing.add_argument("--num-inference-steps", metavar="N", type=int, help="default: the model's own")
+    drawing.add_argument("--guidance-scale", metavar="G", type=float, help="1: none; default: the model's own")
+    drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to move away from")
+    drawing.set_defaults(command=generate)
+
+    joining = commands.add_parser("assemble", help="put four trained stages together in one folder")
+    for stage, what in (
+        ("autoencoder", "train_autoencoder.py"),
+        ("clip", "train_clip.py"),
+        ("prior", "train_prior.py"),
+        ("unet", "train_ldm.py"),
+    ):
+        joining.add_argument(f"--{stage}", metavar="RUN", required=True, help=f"run folder of {what}")
+    joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
+    joining.set_defaults(command=join)
+    return parser
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`ldm generate`: draws, writes, and prints the path of each picture."""
+    # What needs no model is checked first
+    check_prompt("prompt", arguments.prompt)
+    check_count("--num-images", arguments.num_images)
+    check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED - arguments.num_images)
+    if arguments.num_inference_steps is not None:
+        check_count("--num-inference-steps", arguments.num_inference_steps)
+    if arguments.guidance_scale is not None:
+        check_scale("--guidance-scale", arguments.guidance_scale)
+    if arguments.negative_prompt is not None:
+        check_prompt("--negative-prompt", arguments.negative_prompt, may_be_empty=True)
+    outputs = _picture_paths(Path(arguments.output).expanduser(), arguments.num_images)
+    folder = hub.resolve(arguments.model, arguments.revision)
+    hub.check_components(folder)
+    _say_what_it_knows(folder, arguments.prompt)
+
+    # Thousands of modules are imported now: looking for garbage among them again and again would take a second.
+    gc.disable()
+    try:
+        _draw(arguments, folder, outputs)
+    finally:
+        gc.enable()
+
+
+def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
+    pipe = _open(folder)
+    for start in range(0, len(outputs), IMAGES_AT_ONCE):
+        paths = outputs[start : start + IMAGES_AT_ONCE]
+        images = pipe(
+            arguments.prompt,
+            num_images_per_prompt=len(paths),
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+            negative_prompt=arguments.negative_prompt,
+            generator=_generators(arguments.seed + start, len(paths)),
+        ).images
+        for image, path in zip(images, paths, strict=True):
+            _write(image, path)
+            print(path)
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """`ldm assemble`: writes the folder and prints its path."""
+    stages = {stage: getattr(arguments, stage) for stage in COMPONENTS}
+    check_fit(find_components(stages))  # as assemble does: before the libraries that _be_quiet imports
+    check_output_folder(arguments.output)
+    _be_quiet()
+    print(assemble(**stages, output=arguments.output))
+
+
+def _picture_paths(output: Path, count: int) -> list[Path]:
+    """FILE, or FILE-0 … for several. Raises `UserError` where they could not be written."""
+    if output.suffix.lower() not in PICTURES:
+        raise UserError(f"--output '{output}' is no picture's name; end it in one of {', '.join(PICTURES)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output '{output}': the folder '{output.parent}' does not exist; make it, or name another")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output '{output}': the folder '{output.parent}' cannot be written; name another")
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--output '{path}' is a folder; name a file")
+    return paths
+
+
+def _say_what_it_knows(folder: Path, prompt: str) -> None:
+    if (folder / KNOWS).is_file():
+        knows = json.loads((folder / KNOWS).read_text(encoding="utf-8"))
+        said = set(re.findall(r"\w+", prompt.lower()))
+        if not any(word in said or f"{word}s" in said for word in knows["words"]):
+            print(f"note: {knows['says']}", file=sys.stderr)
+
+
+def _be_quiet() -> None:
+    """No progress bars for opening and writing files, no advice of the libraries."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _open(folder: Path):
+    """The model, on an accelerator where there is one."""
+    _be_quiet()
+    import torch
+
+    from pipelines.text_to_image import LatentDiffusionPipeline
+
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: shown on terminals only
+    return pipe.to("cuda") if torch.cuda.is_available() else pipe
+
+
+def _generators(seed: int, count: int):
+    """One for each picture, on the CPU on every machine: the picture of a seed does not depend on the others."""
+    import torch
+
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def _write(image, path: Path) -> None:
+    """Writes beside, then renames: there is never half a picture."""
+    partial = path.with_stem(f".{path.stem}.{os.getpid()}")
+    try:
+        image.save(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"'{path}' could not be written: {error.strerror or error}; nothing was replaced") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+import pytest
+
+from ldm.errors import UserError
+from pipelines.checks import check_count, check_prompt, check_scale, check_size
+
+
+def test_what_is_good_comes_back():
+    assert check_prompt("prompt", "a cat") == ["a cat"]
+    assert check_prompt("prompt", ["a cat", "кот 🐈"]) == ["a cat", "кот 🐈"]
+    assert check_prompt("negative_prompt", "", may_be_empty=True) == [""]
+    assert check_count("steps", 1) == 1 and check_count("level", 0, smallest=0, largest=0) == 0
+    assert check_scale("scale", 0) == 0.0 and check_scale("scale", 7.5) == 7.5
+    assert check_size("height", 64, 8) == 64
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", None, True, float("nan"), 11])
+def test_a_count_is_a_whole_number_in_its_range(value):
+    with pytest.raises(UserError, match="it must be a whole number from 1 to 10"):
+        check_count("steps", value, largest=10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, "3", None, True])
+def test_a_scale_is_finite_and_not_negative(value):
+    with pytest.raises(UserError, match="it must be a finite number >= 0"):
+        check_scale("scale", value)
+
+
+@pytest.mark.parametrize(("value", "nearest"), [(1, 8), (30, 32), (33, 32), (63, 64)])
+def test_a_size_is_told_its_nearest(value, nearest):
+    with pytest.raises(UserError, match=f"the nearest is {nearest}$"):
+        check_size("height", value, 8)
+
+
+@pytest.mark.parametrize("value", ["", "\t", [], [""], ["a", None], 3, b"a cat", {"a"}, "\ud800"])
+def test_a_prompt_is_text(value):
+    with pytest.raises(UserError) as caught:
+        check_prompt("prompt", value)
+    assert str(caught.value).startswith("prompt ") and "\n" not in str(caught.value)
