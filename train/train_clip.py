@@ -1,0 +1,189 @@
+"""Trains CLIP, open_clip's model and loss, on captioned images (Radford et al. 2021).
+
+    accelerate launch train/train_clip.py --config configs/shapes/clip.yaml [--resume] [key=value …]
+
+Leaves `<output_dir>/model/{text_encoder,image_encoder,tokenizer,image_processor}` for transformers.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from open_clip import ClipLoss
+from torch.utils.data import DataLoader
+
+from ldm import config as configuration
+from ldm.clip import augment, export
+from ldm.clip.model import build, clamp_temperature, retrieval_at_1
+from ldm.clip.slip import Slip, image_image_loss
+from ldm.clip.tokenizer import clip_tokenizer, encode, train_tokenizer
+from ldm.config import ClipConfig
+from ldm.data.captions import CaptionedImages, as_is, open_images
+from ldm.data.order import MicroBatches
+from ldm.errors import UserError, exit_code_of
+from ldm.training import checkpoint, optim, precision, run
+from ldm.training.checkpoint import Checkpoint
+from ldm.training.randomness import generator, seed_dropout
+from ldm.training.tracking import Tracker
+from pipelines.arguments import parse_training_arguments
+
+TOKENIZER_CAPTIONS = 50_000
+GRID_CAPTIONS = 16
+
+
+def main() -> None:
+    arguments = parse_training_arguments(__doc__)
+    config = configuration.load(ClipConfig, arguments.config, arguments.overrides)
+    configuration.check_arguments("model", config.model, build)
+    if config.training.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"training.gradient_accumulation_steps {config.training.gradient_accumulation_steps}: the contrastive loss "
+            "compares a whole batch at once; set 1 and lower training.batch_size, or use more processes"
+        )
+    accelerator, share, resumed = run.start(config, arguments.resume)
+    training, folder = config.training, Path(config.output_dir)
+    data = open_images(config.data, config.seed)
+
+    # Tokenizer, towers, optimiser, moving average
+    torch.manual_seed(config.seed)
+    if config.init == "scratch":
+        tokenizer = make_tokenizer(config, data)
+        clip = build(
+            **config.model,
+            image_size=config.data.image_size,
+            vocabulary_size=len(tokenizer),
+            context_length=config.context_length,
+        )
+    else:
+        started_from = export.load(run.component_folder(config.init, "init", "image_encoder").parent)
+        tokenizer = started_from.tokenizer
+        clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
+    embedding_dim = clip.text_projection.shape[1]
+    precision.prepare(clip, accelerator.mixed_precision, accelerator.device)
+    model = Slip(clip, embedding_dim)
+    optimizer = optim.adamw(model, training)
+    ema = optim.moving_average(model, training.ema_decay)
+    contrastive_loss = ClipLoss(
+        local_loss=True, gather_with_grad=True, rank=share.rank, world_size=accelerator.num_processes
+    )
+
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed.step
+        model.load_state_dict(resumed.tensors["model"])
+        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
+        optim.load_ema(ema, model, resumed.tensors["ema"], first_step)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema.to(accelerator.device)
+    if training.compile:
+        wrapped.compile()
+
+    # Data: a pure function of the step
+    loader = DataLoader(
+        data,
+        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
+        num_workers=config.data.num_workers,
+        collate_fn=as_is,
+    )
+    tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+    augmentation = {
+        "least_area": config.random_crop,
+        "jitter": config.colour_jitter,
+        "mirror": config.data.horizontal_flip,
+    }
+    token_ids: dict[str, torch.Tensor] = {}
+
+    for step, batch in enumerate(loader, start=first_step):
+        seed_dropout(config.seed, step, share.rank)
+        rate = optim.set_learning_rate(optimizer, step, training)
+        for caption in set(batch["captions"]) - token_ids.keys():
+            token_ids[caption] = encode(tokenizer, [caption])[0][0]
+        input_ids = torch.stack([token_ids[caption] for caption in batch["captions"]]).to(accelerator.device)
+        images, second_views = batch["images"], None
+        draws = torch.rand(2, share.batch_size, augment.NUM_DRAWS, generator=generator(config.seed, "views", step))
+        draws = draws[:, share.slice(0)]
+        if config.image_image_weight:
+            second_views = augment.augment(images, draws[1], **augmentation).to(accelerator.device)
+        if config.random_crop < 1 or config.colour_jitter:
+            images = augment.augment(images, draws[0], **augmentation)
+
+        image, text, scale, projected = wrapped(images.to(accelerator.device), input_ids, second_views)
+        clip_loss = contrastive_loss(image, text, scale)
+        loss = clip_loss
+        if projected is not None:
+            pair_loss = image_image_loss(projected)
+            tracker.collect(image_image_loss=pair_loss)
+            loss = loss + config.image_image_weight * pair_loss
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm)
+        optim.check_finite(loss, norm, step=step, learning_rate=rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        clamp_temperature(clip)
+        ema.step(model.parameters())
+        tracker.collect(clip_loss=clip_loss)
+
+        done = step + 1
+        if done % training.log_every == 0 or done == training.max_steps:
+            numbers = {caption: number for number, caption in enumerate(dict.fromkeys(batch["captions"]))}
+            caption_ids = torch.tensor([numbers[caption] for caption in batch["captions"]], device=image.device)
+            to_text, to_image = retrieval_at_1(image.detach(), text.detach(), caption_ids)
+            means = tracker.step(
+                done, learning_rate=rate, temperature=1 / scale.item(), image_to_text=to_text, text_to_image=to_image
+            )
+            chance = math.log(share.batch_size)
+            if means and done >= max(100, 2 * training.warmup_steps) and means["clip_loss"] > 0.98 * chance:
+                tracker.say(
+                    f"warning: step {done}: the loss {means['clip_loss']:.3f} sits at ln({share.batch_size}) = "
+                    f"{chance:.3f}, which is chance; lower training.learning_rate or look at the captions"
+                )
+        else:
+            tracker.step(done, learning_rate=rate)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, model):
+                tracker.pictures(done, retrieved(model, tokenizer, data, accelerator.device), columns=9)
+        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+            tensors = {
+                "model": model.state_dict(),
+                "ema": optim.ema_tensors(ema, model),
+                "optimizer": optim.optimizer_tensors(optimizer),
+            }
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+
+    # Export: averaged weights as transformers' towers
+    if accelerator.is_main_process:
+        ema.copy_to(model.parameters())
+        export.save(clip, tokenizer, folder / "model")
+        tracker.say(f"wrote {folder / 'model'}")
+    tracker.close()
+    accelerator.end_training()
+
+
+def make_tokenizer(config: ClipConfig, data: CaptionedImages):
+    """CLIP's own tokenizer, or a BPE of `vocabulary_size` trained on the captions."""
+    if config.vocabulary_size is None:
+        return clip_tokenizer(config.context_length)
+    spread = range(0, len(data), max(1, len(data) // TOKENIZER_CAPTIONS))
+    captions = (caption for index in spread for caption in data.captions(index))
+    return train_tokenizer(captions, config.vocabulary_size, config.context_length)
+
+
+@torch.no_grad()
+def retrieved(model: Slip, tokenizer, data: CaptionedImages, device: torch.device) -> torch.Tensor:
+    """Rows of an image and the eight images nearest to its caption, among the first 512: (N · 9, 3, S, S)."""
+    images = data.__getitems__([(0, index) for index in range(min(512, len(data)))])["images"]
+    embeddings = model.clip.encode_image(images.to(device), normalize=True)
+    rows: dict[str, int] = {}
+    for index in range(len(images)):
+        rows.setdefault(data.captions(index)[0], index)
+    rows = dict(list(rows.items())[:GRID_CAPTIONS])
+    text = model.clip.encode_text(encode(tokenizer, list(rows))[0].to(device), normalize=True)
+    nearest = (text @ embeddings.T).topk(min(8, len(images)), dim=1).indices.cpu()
+    return torch.cat(
+        [torch.cat([images[own, None], images[near]]) for own, near in zip(rows.values(), nearest, strict=True)]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

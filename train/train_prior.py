@@ -1,0 +1,191 @@
+"""Trains the prior: from a caption to the CLIP embedding of an image of it (Ramesh et al. 2022, §2.2).
+
+    accelerate launch train/train_prior.py --config configs/shapes/prior.yaml [--resume] [key=value …]
+
+Leaves `<output_dir>/model/{prior,prior_scheduler}`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, PriorTransformer
+from torch.utils.data import DataLoader
+from transformers import CLIPTextModelWithProjection
+
+from ldm import config as configuration
+from ldm.config import PriorConfig
+from ldm.data.captions import as_is
+from ldm.data.latents import CachedLatents
+from ldm.data.order import MicroBatches, global_batch
+from ldm.diffusion.objective import dropped, timesteps, weighted_mse
+from ldm.diffusion.process import q_sample
+from ldm.diffusion.schedule import alphas_bar
+from ldm.errors import UserError, exit_code_of
+from ldm.training import checkpoint, optim, precision, run
+from ldm.training.checkpoint import Checkpoint
+from ldm.training.randomness import generator, seed_dropout
+from ldm.training.tracking import Tracker
+from pipelines.arguments import parse_training_arguments
+
+NUM_TIMESTEPS = 1000
+EVALUATED = 512
+EVALUATION_STEPS = 25
+
+
+def main() -> None:
+    arguments = parse_training_arguments(__doc__)
+    config = configuration.load(PriorConfig, arguments.config, arguments.overrides)
+    configuration.check_arguments("model", config.model, PriorTransformer)
+    accelerator, share, resumed = run.start(config, arguments.resume)
+    training, folder = config.training, Path(config.output_dir)
+    clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
+    data = CachedLatents(Path(config.cache), config.seed, None, clip_folder)
+    text_config = CLIPTextModelWithProjection.config_class.from_pretrained(clip_folder / "text_encoder")
+    if text_config.hidden_size != text_config.projection_dim:
+        raise UserError(
+            f"clip {config.clip}: its text tower is {text_config.hidden_size} wide and its embeddings "
+            f"{text_config.projection_dim}; PriorTransformer needs both equal, so train CLIP with "
+            f"model.text_width={text_config.projection_dim}"
+        )
+    embedding_dim = text_config.projection_dim
+
+    # Network, optimiser, moving average
+    torch.manual_seed(config.seed)
+    if config.init == "scratch":
+        prior = PriorTransformer(
+            **config.model, embedding_dim=embedding_dim, num_embeddings=text_config.max_position_embeddings
+        )
+    else:
+        prior = PriorTransformer.from_pretrained(run.component_folder(config.init, "init", "prior"))
+    # The prior predicts standardised embeddings; stock pipelines undo it with these two parameters.
+    mean, std = data.embedding_statistics()
+    prior.clip_mean.data.copy_(mean[None])
+    prior.clip_std.data.copy_(std[None])
+    prior.clip_mean.requires_grad_(False)
+    prior.clip_std.requires_grad_(False)
+    scheduler = DDPMScheduler(  # not UnCLIPScheduler: stock pipelines never tell it which step comes next
+        num_train_timesteps=NUM_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="sample",
+        clip_sample_range=5.0,
+        timestep_spacing="trailing",
+    )
+    alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
+    precision.prepare(prior, accelerator.mixed_precision, accelerator.device)
+    optimizer = optim.adamw(prior, training)
+    ema = optim.moving_average(prior, training.ema_decay)
+
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed.step
+        prior.load_state_dict(resumed.tensors["model"])
+        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
+        optim.load_ema(ema, prior, resumed.tensors["ema"], first_step)
+    model, optimizer = accelerator.prepare(prior, optimizer)
+    ema.to(accelerator.device)
+    if training.compile:
+        model.compile()
+
+    # Data: a pure function of the step
+    loader = DataLoader(
+        data,
+        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
+        num_workers=config.data.num_workers,
+        collate_fn=as_is,
+    )
+    no_text = data.text(torch.zeros(1, dtype=torch.long))
+    tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+
+    for number, batch in enumerate(loader, start=first_step * share.accumulation):
+        step, accumulation_step = divmod(number, share.accumulation)
+        seed_dropout(config.seed, step, share.rank)
+        rate = optim.set_learning_rate(optimizer, step, training)
+
+        # Noise, timesteps and dropped captions: drawn for the global batch, of which this process takes its part
+        draw = generator(config.seed, "prior", step)
+        part = share.slice(accumulation_step)
+        noise = torch.randn(share.batch_size, embedding_dim, generator=draw)[part].to(accelerator.device)
+        t = timesteps(torch.rand(share.batch_size, generator=draw), NUM_TIMESTEPS, "uniform")[part]
+        no_caption, _ = dropped(torch.rand(share.batch_size, generator=draw), config.caption_dropout, 0.0, 0.0)
+        t, no_caption = t.to(accelerator.device), no_caption[part]
+        for name, empty in no_text.items():
+            batch[name][no_caption] = empty
+        batch = {name: values.to(accelerator.device) for name, values in batch.items()}
+
+        with accelerator.accumulate(model):
+            x_0 = (batch["image_embeds"] - prior.clip_mean) / prior.clip_std
+            x_t = q_sample(x_0, alpha_bar[t], noise)
+            x_0_hat = model(
+                x_t,
+                timestep=t,
+                proj_embedding=batch["text_embeds"],
+                encoder_hidden_states=batch["hidden_states"],
+                attention_mask=batch["attention_mask"],
+            ).predicted_image_embedding
+            loss = weighted_mse(x_0_hat, x_0)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                optim.check_finite(loss, norm, step=step, learning_rate=rate)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        tracker.collect(loss=loss)
+        if not accelerator.sync_gradients:
+            continue
+        ema.step(prior.parameters())
+        done = step + 1
+        tracker.step(done, learning_rate=rate)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, prior):
+                tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
+        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+            tensors = {
+                "model": prior.state_dict(),
+                "ema": optim.ema_tensors(ema, prior),
+                "optimizer": optim.optimizer_tensors(optimizer),
+            }
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+
+    # Export: averaged weights
+    if accelerator.is_main_process:
+        ema.copy_to(prior.parameters())
+        prior.save_pretrained(folder / "model" / "prior")
+        scheduler.save_pretrained(folder / "model" / "prior_scheduler")
+        tracker.say(f"wrote {folder / 'model'}")
+    tracker.close()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def cosines(
+    prior: PriorTransformer, scheduler: DDPMScheduler, data: CachedLatents, seed: int, device: torch.device
+) -> dict[str, float]:
+    """Mean cosine to the true image embedding: of the prior's samples (without guidance), of the text embedding
+    itself, and of the mean image embedding, which a prior that learned nothing would give."""
+    places = global_batch(0, min(EVALUATED, len(data)), len(data), seed)
+    batch = {name: values.to(device) for name, values in data.__getitems__(places).items()}
+    draw = generator(seed, "prior samples")
+    x = torch.randn(batch["image_embeds"].shape, generator=draw).to(device)
+    scheduler.set_timesteps(EVALUATION_STEPS, device=device)
+    for t in scheduler.timesteps:
+        x_0_hat = prior(
+            x,
+            timestep=t,
+            proj_embedding=batch["text_embeds"],
+            encoder_hidden_states=batch["hidden_states"],
+            attention_mask=batch["attention_mask"],
+        ).predicted_image_embedding
+        x = scheduler.step(x_0_hat, t, x, generator=draw).prev_sample
+    true, sampled = batch["image_embeds"], prior.post_process_latents(x)
+    return {
+        "cosine_prior": F.cosine_similarity(sampled, true).mean().item(),
+        "cosine_text": F.cosine_similarity(batch["text_embeds"], true).mean().item(),
+        "cosine_mean": F.cosine_similarity(prior.clip_mean, true).mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
