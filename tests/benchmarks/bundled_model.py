@@ -1,0 +1,207 @@
+"""What the bundled model draws, judged: do its pictures show what was asked for, and do they look like photographs?
+
+    python tests/benchmarks/bundled_model.py [--model FOLDER] [--images-per-class 50] [--data FOLDER] [--output FOLDER]
+
+Draws "a photo of a <class>" for the ten classes of CIFAR-10 and has them read by a classifier that no part of the model
+was trained against. Accuracy alone is fooled by textures, so it stands beside the Fréchet distance between the
+classifier's features of these pictures and of the training photographs, and the floor of that distance: the same for
+as many real test photographs. Both are biased alike, since few samples are compared with many.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.errors import UserError, exit_code_of
+from ldm.training import randomness
+from pipelines import LatentDiffusionPipeline
+from pipelines.arguments import ArgumentParser
+from tests.benchmarks import cifar10_classifier
+from tests.benchmarks.cifar10_classifier import CLASSES
+from tests.benchmarks.frechet import frechet_distance
+
+FLOOR_SUBSETS = 10
+GRID_COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """What the judge makes of real photographs."""
+
+    train_features: Tensor  # (50000, F)
+    test_features: Tensor  # (10000, F)
+    test_labels: Tensor  # (10000,)
+
+
+def read_photographs(source: str) -> Photographs:
+    """Features of CIFAR-10, read from `source`: a folder of parquet files, or a repository of the Hub."""
+    pixels, labels = {}, {}
+    for split in ("train", "test"):
+        pixels[split], labels[split] = cifar10_classifier.read_split(source, split)
+    judge_of = cifar10_classifier.load()
+    found = {split: features_of(judge_of, pixels[split], f"{split} photographs")[1] for split in pixels}
+    return Photographs(found["train"], found["test"], labels["test"])
+
+
+def features_of(classifier: torch.nn.Module, images: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, 10) and features (N, F) of images (N, 3, 32, 32): uint8, or float in [-1, 1]."""
+    logits, features = [], []
+    with tqdm(total=len(images), desc=name, unit=" images", disable=len(images) < 2000) as bar:
+        for part in images.split(500):
+            part = cifar10_classifier.to_unit_range(part) if part.dtype == torch.uint8 else part
+            for values, found in zip((logits, features), cifar10_classifier.features(classifier, part), strict=True):
+                values.append(found)
+            bar.update(len(part))
+    return torch.cat(logits), torch.cat(features)
+
+
+def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
+    """Reads pictures (N, 3, 32, 32) in [-1, 1] that should show `labels` (N,), each class in 0..9 at least once.
+
+    Returns `accuracy` and `class_accuracy` in 0..1, `confusion` (10 × 10 counts, a row for each class asked for),
+    `frechet_distance` to the training photographs, `frechet_floor` and `frechet_floor_std` over random subsets of the
+    test photographs with the same labels, and `frechet_ratio`, the distance in units of the floor.
+    """
+    logits, features = features_of(cifar10_classifier.load(), images, "pictures")
+    confusion = torch.zeros(10, 10, dtype=torch.long)
+    confusion.index_put_((labels, logits.argmax(1)), torch.tensor(1), accumulate=True)
+    asked = confusion.sum(1)
+    floors = torch.tensor(
+        [
+            frechet_distance(photographs.test_features[subset], photographs.train_features)
+            for subset in (floor_subset(photographs.test_labels, asked, number) for number in range(FLOOR_SUBSETS))
+        ]
+    )
+    distance = frechet_distance(features, photographs.train_features)
+    return {
+        "images": len(images),
+        "accuracy": confusion.diagonal().sum().item() / len(images),
+        "class_accuracy": dict(zip(CLASSES, (confusion.diagonal() / asked).tolist(), strict=True)),
+        "confusion": confusion.tolist(),
+        "frechet_distance": distance,
+        "frechet_floor": floors.mean().item(),
+        "frechet_floor_std": floors.std().item(),
+        "frechet_ratio": distance / floors.mean().item(),
+    }
+
+
+def floor_subset(labels: Tensor, counts: Tensor, number: int) -> Tensor:
+    """Indices of `counts[c]` random samples of each class c; a function of `number`."""
+    order = torch.randperm(len(labels), generator=randomness.generator(0, "floor", number))
+    return torch.cat([order[labels[order] == c][:count] for c, count in enumerate(counts.tolist())])
+
+
+def prompt_of(name: str) -> str:
+    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def draw(
+    pipeline: LatentDiffusionPipeline, images_per_class: int, seed: int, **settings: float
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Pictures (N, 3, H, W) in [-1, 1], what they should show (N,), and the seed of each; one batch for each class."""
+    pipeline.set_progress_bar_config(disable=True)
+    pictures, seeds = [], []
+    with tqdm(total=10 * images_per_class, desc="drawing", unit=" images") as bar:
+        for c, name in enumerate(CLASSES):
+            seeds += [randomness.key(seed, "benchmark", c, number) for number in range(images_per_class)]
+            drawn = pipeline(
+                prompt=[prompt_of(name)] * images_per_class,
+                generator=[torch.Generator().manual_seed(s) for s in seeds[-images_per_class:]],
+                output_type="pt",
+                **settings,
+            ).images
+            pictures.append(drawn.float().cpu() * 2 - 1)
+            bar.update(images_per_class)
+    return torch.cat(pictures), torch.arange(10).repeat_interleave(images_per_class), seeds
+
+
+def table(report: dict) -> str:
+    """The report as lines of text."""
+    lines = [f"{'class':<12}{'read right':>10}   mostly misread as"]
+    for c, name in enumerate(CLASSES):
+        wrong = [0 if other == c else count for other, count in enumerate(report["confusion"][c])]
+        worst = f"{CLASSES[wrong.index(max(wrong))]} ({max(wrong)})" if max(wrong) else ""
+        lines.append(f"{name:<12}{report['class_accuracy'][name]:>10.1%}   {worst}".rstrip())
+    return "\n".join(
+        [
+            *lines,
+            f"{'all':<12}{report['accuracy']:>10.1%}   of {report['images']} pictures",
+            f"Fréchet distance to the training photographs  {report['frechet_distance']:8.3f}",
+            f"  of as many test photographs (the floor)      {report['frechet_floor']:8.3f}",
+            f"  in units of the floor                        {report['frechet_ratio']:8.2f}",
+        ]
+    )
+
+
+def grid(images: Tensor, labels: Tensor) -> Image.Image:
+    """The first pictures of each class, a labelled row for each, every pixel doubled. `images` as `judge` has them."""
+    size, margin = 2 * images.shape[-1], 90
+    sheet = Image.new("RGB", (margin + GRID_COLUMNS * (size + 2), 10 * (size + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for c, name in enumerate(CLASSES):
+        top = c * (size + 2)
+        pen.text((6, top + size // 2), name, fill="black", anchor="lm", font=ImageFont.load_default(size=14))
+        for column, picture in enumerate(images[labels == c][:GRID_COLUMNS]):
+            pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            tile = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * (size + 2), top))
+    return sheet
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Judge what the bundled model, or another of CIFAR-10's classes, draws.")
+    parser.add_argument("--model", help="a pipeline folder or Hub repository; without it, the bundled model")
+    parser.add_argument("--images-per-class", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, help="without it, the model's own setting")
+    parser.add_argument("--num-inference-steps", type=int, help="without it, the model's own setting")
+    parser.add_argument("--seed", type=int, default=0, help="key of the seeds of all pictures")
+    parser.add_argument("--data", default=cifar10_classifier.HUB, help="folder with {train,test}.parquet of CIFAR-10")
+    parser.add_argument("--output", type=Path, help="new folder for report.json and grid.png; without it, none")
+    arguments = parser.parse_args()
+    check(arguments)
+
+    pipeline = (
+        LatentDiffusionPipeline.default()
+        if arguments.model is None
+        else LatentDiffusionPipeline.from_pretrained(arguments.model)
+    )
+    given = {name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    images, labels, seeds = draw(pipeline, arguments.images_per_class, arguments.seed, **settings)
+    if images.shape[1:] != (3, 32, 32):
+        raise UserError(f"--model {arguments.model} draws {tuple(images.shape[1:])}; the judge reads (3, 32, 32)")
+
+    report = judge(images, labels, read_photographs(arguments.data))
+    report = {"model": arguments.model or "bundled", "settings": pipeline.default_settings | settings, **report}
+    print(f"picture k of class c has seed key({arguments.seed}, 'benchmark', c, k): {seeds[0]} … {seeds[-1]}")
+    print(
+        f"the judge reads {json.loads(cifar10_classifier.RECORD.read_text())['test_accuracy']:.2%} of real test images"
+    )
+    print("settings: " + ", ".join(f"{name} {value:g}" for name, value in report["settings"].items()))
+    print(table(report))
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "report.json").write_text(json.dumps({**report, "seeds": seeds}, indent=2) + "\n")
+        grid(images, labels).save(arguments.output / "grid.png")
+        print(f"wrote {arguments.output}/report.json and grid.png")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError, before anything is drawn, for what cannot be used."""
+    if arguments.images_per_class < 1:
+        raise UserError(f"--images-per-class {arguments.images_per_class}: must be at least 1")
+    if arguments.images_per_class > 1000:
+        raise UserError(f"--images-per-class {arguments.images_per_class}: the test set has 1000, for the floor")
+    if arguments.output is not None and arguments.output.exists() and any(arguments.output.iterdir()):
+        raise UserError(f"--output {arguments.output}: already in use; name a new folder")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
