@@ -43,22 +43,8 @@ def to_transformers(
 ) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     """The text and the image tower, in evaluation mode, in fp32 on the CPU; embeddings equal within 1e-5."""
     state = {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
-    text, vision = model.transformer, model.visual.transformer
-    text_encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=text.width,
-            intermediate_size=text.resblocks[0].mlp.c_fc.out_features,
-            num_hidden_layers=text.layers,
-            num_attention_heads=text.resblocks[0].attn.num_heads,
-            max_position_embeddings=model.context_length,
-            projection_dim=model.text_projection.shape[1],
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    vision = model.visual.transformer
+    text_encoder = CLIPTextModelWithProjection(text_config(model, tokenizer))
     image_encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=vision.width,
@@ -75,7 +61,7 @@ def to_transformers(
         {
             "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
             "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-            **_blocks(state, "transformer.resblocks", "text_model.encoder.layers", text.layers),
+            **_blocks(state, "transformer.resblocks", "text_model.encoder.layers", model.transformer.layers),
             **_layer_norm(state, "ln_final", "text_model.final_layer_norm"),
             "text_projection.weight": state["text_projection"].T.contiguous(),
         }
@@ -92,6 +78,24 @@ def to_transformers(
         }
     )
     return text_encoder.eval(), image_encoder.eval()
+
+
+def text_config(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """transformers' configuration of the text tower."""
+    block = model.transformer.resblocks[0]
+    return CLIPTextConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.transformer.width,
+        intermediate_size=block.mlp.c_fc.out_features,
+        num_hidden_layers=model.transformer.layers,
+        num_attention_heads=block.attn.num_heads,
+        max_position_embeddings=model.context_length,
+        projection_dim=model.text_projection.shape[1],
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def from_transformers(
