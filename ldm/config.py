@@ -271,7 +271,8 @@ def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) ->
     except (OmegaConfBaseException, YAMLError) as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
 
 
 def save(config: Any, path: Path) -> None:

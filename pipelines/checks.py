@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 from ldm.errors import UserError
 
@@ -49,3 +50,9 @@ def check_size(name: str, value: object, multiple: int) -> int:
             f"{name} is {value}; it must be a multiple of the autoencoder's factor {multiple}; the nearest is {nearest}"
         )
     return int(value)
+
+
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raises `UserError` for a tensor of another shape."""
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}; these settings need {shape}")

@@ -10,155 +10,33 @@ The components are Diffusers' and Transformers' own, in the layout of `StableUnC
 """
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.transformers.prior_transformer import PriorTransformer
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
-from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from ldm import hub
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import RunError, UserError
-from pipelines.checks import check_count, check_prompt, check_scale, check_size
+from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase
+from pipelines.checks import check_count, check_prompt, check_scale, check_shape
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-DEFAULT_SETTINGS = {
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
-    "noise_level": 0,
-    "prior_num_inference_steps": 25,
-    "prior_guidance_scale": 4.0,
-    "num_prior_samples": 2,
-}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class LatentDiffusionPipeline(DiffusionPipeline):
-    """Draws images from text. The arguments are the components of `StableUnCLIPPipeline`; the last six, those that make
-    and noise the image embedding, may all be None.
+class LatentDiffusionPipeline(LatentDiffusionBase):
+    """Draws images from text. The components are those of `LatentDiffusionBase`."""
 
-    Settings are saved with the model: `pipe.default_settings = {...}`, then `save_pretrained`, or `save_config` to
-    write them alone.
-    """
-
-    model_cpu_offload_seq = "prior_text_encoder->text_encoder->unet->vae"
-    _exclude_from_cpu_offload = ["prior", "image_normalizer"]  # noqa: RUF012 (read by DiffusionPipeline as it stands)
-    _prior_components = (
-        "prior_tokenizer",
-        "prior_text_encoder",
-        "prior",
-        "prior_scheduler",
-        "image_normalizer",
-        "image_noising_scheduler",
-    )
-    _optional_components = [*_prior_components]  # noqa: RUF012
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "image_embeds"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        prior_tokenizer: CLIPTokenizer | None = None,
-        prior_text_encoder: CLIPTextModelWithProjection | None = None,
-        prior: PriorTransformer | None = None,
-        prior_scheduler: KarrasDiffusionSchedulers | None = None,
-        image_normalizer: StableUnCLIPImageNormalizer | None = None,
-        image_noising_scheduler: KarrasDiffusionSchedulers | None = None,
-    ):
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            prior_tokenizer=prior_tokenizer,
-            prior_text_encoder=prior_text_encoder,
-            prior=prior,
-            prior_scheduler=prior_scheduler,
-            image_normalizer=image_normalizer,
-            image_noising_scheduler=image_noising_scheduler,
-        )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = DEFAULT_SETTINGS["guidance_scale"]
-        self._num_timesteps = 0
-
-    # ---- opening and saving ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def default(cls) -> "LatentDiffusionPipeline":
-        """The bundled model, without a download."""
-        return cls.from_pretrained(Path(__file__).parent / "default")
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> "LatentDiffusionPipeline":
-        """Opens a folder, or a repository of the Hub at `revision`, after a check that it is whole.
-
-        Computes in float32 whatever the files hold, unless `dtype` says otherwise. Further keyword arguments are
-        `DiffusionPipeline.from_pretrained`'s. Raises `UserError` for a name or a folder that cannot be used.
-        """
-        folder = hub.resolve(name, revision)
-        hub.check_components(folder)
-        index = hub.read_json(folder / cls.config_name)
-        for component in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
-            if component not in kwargs and component not in index:
-                raise UserError(
-                    f"'{folder}' is a {index.get('_class_name')} without '{component}'; "
-                    "give a folder in the layout of StableUnCLIPPipeline or StableDiffusionPipeline"
-                )
-        if "torch_dtype" not in kwargs:  # the older name of dtype
-            kwargs.setdefault("dtype", torch.float32)
-        pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
-        if "_default_settings" in index:
-            pipeline.default_settings = index["_default_settings"]
-        return pipeline
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json` under the name of the stock pipeline whose layout this is, which opens it."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text(encoding="utf-8"))
-        index.pop("_name_or_path", None)  # a path of this machine
-        if self.prior is not None:
-            index["_class_name"] = "StableUnCLIPPipeline"
-        else:
-            index = {key: value for key, value in index.items() if key not in self._prior_components}
-            absent = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
-            index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **absent}
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    @property
-    def default_settings(self) -> dict[str, int | float]:
-        """What `__call__` takes where it is given nothing: this model's own settings over the general ones."""
-        return DEFAULT_SETTINGS | self.config.get("_default_settings", {})
-
-    @default_settings.setter
-    def default_settings(self, settings: dict[str, int | float]) -> None:
-        """Saved with the model, under a key that stock Diffusers passes over."""
-        if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
-            raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
-        self.register_to_config(_default_settings=dict(settings))
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "image_embeds"]  # noqa: RUF012 (read by DiffusionPipeline)
+    _guidance_scale = DEFAULT_SETTINGS["guidance_scale"]
+    _num_timesteps = 0
 
     @property
     def guidance_scale(self) -> float:
@@ -167,8 +45,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
-
-    # ---- drawing -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -249,7 +125,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                     prior_latents,
                     eta,
                 )
-            _check_shape("image_embeds", image_embeds, (batch, self.prior.config.embedding_dim))
+            check_shape("image_embeds", image_embeds, (batch, self.prior.config.embedding_dim))
             image_embeds = self.noise_image_embeds(
                 image_embeds.to(device, prompt_embeds.dtype), _given(noise_level, settings["noise_level"]), generator
             )  # (B·n, 2D)
@@ -301,44 +177,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         image = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Captions and negative captions as tokens, each (B·n, L, D_t); the latter None where there is no guidance.
-
-        Either may be given as tokens (B, L, D_t) instead of text. One negative prompt serves all prompts.
-        """
-        if (prompt is None) == (prompt_embeds is None):
-            raise UserError("give either prompt or prompt_embeds, and not both")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise UserError("give either negative_prompt or negative_prompt_embeds, and not both")
-
-        if prompt_embeds is None:
-            prompt_embeds = self._read("prompt", check_prompt("prompt", prompt), device)
-        if prompt_embeds.ndim != 3:
-            raise UserError(f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; it must be (texts, tokens, width)")
-        batch, length, width = prompt_embeds.shape
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative = check_prompt("negative_prompt", _given(negative_prompt, ""), may_be_empty=True)
-            if len(negative) not in (1, batch):
-                raise UserError(f"negative_prompt has {len(negative)} texts for {batch} prompts; give one, or {batch}")
-            negative_prompt_embeds = self._read("negative_prompt", negative, device).expand(batch, -1, -1)
-
-        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
-        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        if do_classifier_free_guidance:
-            _check_shape("negative_prompt_embeds", negative_prompt_embeds, (batch, length, width))
-            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
-            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
     def sample_image_embeds(
@@ -420,46 +258,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         return torch.cat([self.image_normalizer.unscale(noised), level_embeds.to(image_embeds.dtype)], dim=1)
 
-    # ---- parts -------------------------------------------------------------------------------------------------------
-
-    def _read(self, name: str, texts: list[str], device: torch.device) -> Tensor:
-        """Texts -> (B, L, D_t): the last hidden states of the text tower. Warns of what is beyond its context."""
-        length = self.tokenizer.model_max_length
-        for ids in self.tokenizer(texts).input_ids:
-            if len(ids) > length:  # the end token takes the last place
-                cut = self.tokenizer.decode(ids[length - 1 : -1]).strip()
-                warnings.warn(f"{name} is beyond the {length} tokens this model reads; not read: {cut!r}", stacklevel=2)
-        return self.text_encoder(_tokenize(self.tokenizer, texts).input_ids.to(device))[0]
-
-    def _read_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Texts -> projected embedding (B, D), last hidden states (B, L, D_t), and which tokens are text (B, L)."""
-        inputs = _tokenize(self.prior_tokenizer, texts)
-        output = self.prior_text_encoder(inputs.input_ids.to(device))
-        return output.text_embeds, output.last_hidden_state, inputs.attention_mask.bool().to(device)
-
-    def _noise(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators,
-        given: Tensor | None,
-        scheduler: SchedulerMixin,
-    ) -> Tensor:
-        """Where a sampler starts: standard normal noise, drawn or given, at the scale of the scheduler."""
-        if given is None:
-            given = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        _check_shape(name, given, shape)
-        return given.to(device) * scheduler.init_noise_sigma
-
-    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        trained = self.unet.config.sample_size
-        trained = (trained, trained) if isinstance(trained, int) else trained
-        height = trained[0] * self.vae_scale_factor if height is None else height
-        width = trained[1] * self.vae_scale_factor if width is None else width
-        return check_size("height", height, self.vae_scale_factor), check_size("width", width, self.vae_scale_factor)
-
     def _check_outputs(self, output_type: str, tensors: tuple[str, ...]) -> None:
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
@@ -472,17 +270,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 def _given(value, default):
     return default if value is None else value
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}; these settings need {shape}")
-
-
-def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]):
-    """Texts -> ids and mask, (B, L), cut to the context."""
-    length = tokenizer.model_max_length
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 def _check_steps(name: str, steps: object, scheduler: SchedulerMixin) -> None:

@@ -31,8 +31,7 @@ def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(CacheConfig, arguments.config, arguments.overrides)
     folder = Path(config.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"output_dir {folder} is already in use; delete it or choose another")
+    run.check_unused(folder, "delete it or choose another")
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     accelerator = Accelerator(mixed_precision=precision.resolve(config.precision))

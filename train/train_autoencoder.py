@@ -7,7 +7,6 @@ channel means and, times its scaling_factor, unit variance.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -36,7 +35,7 @@ def main() -> None:
     config = configuration.load(AutoencoderConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, AutoencoderKL)
     accelerator, share, resumed = run.start(config, arguments.resume)
-    training, folder = config.training, Path(config.output_dir)
+    training = config.training
     data = open_images(config.data, config.seed)
 
     # Networks, optimisers, moving average
@@ -55,7 +54,8 @@ def main() -> None:
     ema = optim.moving_average(vae, training.ema_decay)
     perceptual = None
     if config.perceptual_weight:
-        perceptual = PerceptualDistance(export.load(Path(config.perceptual_clip)).image_encoder)
+        clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
+        perceptual = PerceptualDistance(export.load(clip_folder).image_encoder)
 
     first_step = 0
     if resumed is not None:
@@ -81,6 +81,7 @@ def main() -> None:
         num_workers=config.data.num_workers,
         collate_fn=as_is,
     )
+    folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):

@@ -7,10 +7,10 @@ Leaves `<output_dir>/model/{text_encoder,image_encoder,tokenizer,image_processor
 
 import math
 import sys
-from pathlib import Path
 
 import torch
 from open_clip import ClipLoss
+from open_clip.loss import gather_features
 from torch.utils.data import DataLoader
 
 from ldm import config as configuration
@@ -42,7 +42,7 @@ def main() -> None:
             "compares a whole batch at once; set 1 and lower training.batch_size, or use more processes"
         )
     accelerator, share, resumed = run.start(config, arguments.resume)
-    training, folder = config.training, Path(config.output_dir)
+    training = config.training
     data = open_images(config.data, config.seed)
 
     # Tokenizer, towers, optimiser, moving average
@@ -57,6 +57,8 @@ def main() -> None:
         )
     else:
         started_from = export.load(run.component_folder(config.init, "init", "image_encoder").parent)
+        image_config = started_from.image_encoder.config.to_dict()
+        run.check_fits("init", config.init, "image tower", image_config, image_size=config.data.image_size)
         tokenizer = started_from.tokenizer
         clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
     embedding_dim = clip.text_projection.shape[1]
@@ -86,6 +88,7 @@ def main() -> None:
         num_workers=config.data.num_workers,
         collate_fn=as_is,
     )
+    folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     augmentation = {
         "least_area": config.random_crop,
@@ -112,6 +115,12 @@ def main() -> None:
         clip_loss = contrastive_loss(image, text, scale)
         loss = clip_loss
         if projected is not None:
+            if accelerator.num_processes > 1:  # every view of the global batch is told from all others
+                projected = torch.stack(
+                    gather_features(
+                        *projected, gather_with_grad=True, rank=share.rank, world_size=accelerator.num_processes
+                    )
+                )
             pair_loss = image_image_loss(projected)
             tracker.collect(image_image_loss=pair_loss)
             loss = loss + config.image_image_weight * pair_loss

@@ -45,10 +45,12 @@ def main() -> None:
     config = configuration.load(LdmConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, UNet2DConditionModel)
     accelerator, share, resumed = run.start(config, arguments.resume)
-    training, folder = config.training, Path(config.output_dir)
+    training = config.training
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, vae_folder, clip_folder)
+    if config.sample_prompts:
+        run.component_folder(config.prior, "prior", "prior")
     text_config = CLIPTextConfig.from_pretrained(clip_folder / "text_encoder")
     embedding_dim = text_config.projection_dim
 
@@ -58,6 +60,15 @@ def main() -> None:
         unet = build_unet(config, data.index.latent_shape, text_config.hidden_size, embedding_dim)
     else:
         unet = UNet2DConditionModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        run.check_fits(
+            "init",
+            config.init,
+            "U-Net",
+            unet.config,
+            in_channels=data.index.latent_shape[0],
+            cross_attention_dim=text_config.hidden_size,
+            projection_class_embeddings_input_dim=2 * embedding_dim,
+        )
     unet.to(memory_format=torch.channels_last)
     precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(unet, training)
@@ -100,6 +111,7 @@ def main() -> None:
         collate_fn=as_is,
     )
     no_caption_states = data.text(torch.zeros(1, dtype=torch.long))["hidden_states"]
+    folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):

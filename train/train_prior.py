@@ -39,7 +39,7 @@ def main() -> None:
     config = configuration.load(PriorConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, PriorTransformer)
     accelerator, share, resumed = run.start(config, arguments.resume)
-    training, folder = config.training, Path(config.output_dir)
+    training = config.training
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, None, clip_folder)
     text_config = CLIPTextModelWithProjection.config_class.from_pretrained(clip_folder / "text_encoder")
@@ -53,12 +53,12 @@ def main() -> None:
 
     # Network, optimiser, moving average
     torch.manual_seed(config.seed)
+    shape = {"embedding_dim": embedding_dim, "num_embeddings": text_config.max_position_embeddings}
     if config.init == "scratch":
-        prior = PriorTransformer(
-            **config.model, embedding_dim=embedding_dim, num_embeddings=text_config.max_position_embeddings
-        )
+        prior = PriorTransformer(**config.model, **shape)
     else:
         prior = PriorTransformer.from_pretrained(run.component_folder(config.init, "init", "prior"))
+        run.check_fits("init", config.init, "prior", prior.config, **shape)
     # The prior predicts standardised embeddings; stock pipelines undo it with these two parameters.
     mean, std = data.embedding_statistics()
     prior.clip_mean.data.copy_(mean[None])
@@ -96,6 +96,7 @@ def main() -> None:
         collate_fn=as_is,
     )
     no_text = data.text(torch.zeros(1, dtype=torch.long))
+    folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):

@@ -34,7 +34,11 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, context_lengt
     learner = Tokenizer.from_str(CLIPTokenizer().backend_tokenizer.to_str())  # CLIP's way to split text into words
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
-        vocab_size=vocabulary_size, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=vocabulary_size,
+        initial_alphabet=alphabet,
+        special_tokens=[letter + END_OF_WORD for letter in alphabet],  # numbered here, else in an order left to chance
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"][: vocabulary_size - SMALLEST_VOCABULARY]

@@ -1,11 +1,14 @@
 """A run folder and its processes: begun fresh, or resumed from the newest whole checkpoint."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from ldm import config as configuration
+from ldm import hub
 from ldm.config import RunConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
@@ -14,7 +17,7 @@ from ldm.training.checkpoint import Checkpoint
 
 
 def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoint | None]:
-    """Checks and makes the run folder, and writes config.yaml there.
+    """Checks the run folder, which is not touched yet.
 
     Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from.
 
@@ -22,8 +25,8 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
         UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume.
     """
     folder = Path(config.output_dir)
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output_dir {folder} is already in use; add --resume to continue it, or choose another")
+    if not resume:
+        check_unused(folder, "add --resume to continue it, or choose another")
     newest = checkpoint.newest(folder / "checkpoints") if resume else None
     if resume and newest is None:
         raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
@@ -37,6 +40,17 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
         accelerator.num_processes,
         accelerator.process_index,
     )
+    return accelerator, share, None if newest is None else checkpoint.load(newest)
+
+
+def claim(config: RunConfig, accelerator: Accelerator) -> Path:
+    """Makes the run folder and writes config.yaml there: once all that the user gave has proved usable, so that a
+    mistake leaves no folder behind.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(config.output_dir)
     accelerator.wait_for_everyone()  # before the folder exists, all have checked it
     if accelerator.is_main_process:
         try:
@@ -44,26 +58,42 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
             configuration.save(config, folder / "config.yaml")
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
-    return accelerator, share, None if newest is None else checkpoint.load(newest)
+    return folder
+
+
+def check_unused(folder: Path, remedy: str) -> None:
+    """Raises UserError unless `folder` is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir {folder} is already in use; {remedy}")
 
 
 def component_folder(run: str, option: str, component: str) -> Path:
     """Folder of a component that a run left in `<run>/model/`; `run` may also be a pipeline folder or Hub repository.
 
     Raises:
-        UserError: naming `option`, its value, and what is missing.
+        UserError: naming `option`, its value, and what is missing or half-written.
     """
     if not run:
         raise UserError(f"{option} must be set: the run folder that holds model/{component}")
     root = Path(run)
     if not root.exists() and run.count("/") == 1 and not run.startswith((".", os.sep)):
-        from ldm.hub import resolve
-
-        root = resolve(run)
+        root = hub.resolve(run)
     for folder in (root / "model", root):
         if (folder / component / "config.json").is_file():
+            hub.check_component(folder / component, component)
             return folder / component
     raise UserError(
         f"{option} {run}: component {component!r} missing: expected {root / 'model' / component / 'config.json'}"
         "; has that run finished?"
     )
+
+
+def check_fits(option: str, run: str, component: str, stored: Mapping[str, Any], **needed: Any) -> None:
+    """Raises UserError where the configuration of a component that training starts from is not as the data and the
+    other stages need it."""
+    for name, value in needed.items():
+        if stored.get(name) != value:
+            raise UserError(
+                f"{option} {run}: its {component} has {name} {stored.get(name)}, but the data and the other stages of "
+                f"this run need {value}; start from a run that fits, or set {option}=scratch"
+            )

@@ -1,0 +1,131 @@
+"""The training scripts, small and in this process: what they leave is shared by the tests of this folder."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "configs" / "shapes"
+
+DATA = ["data.max_images=24", "training.precision=fp32"]
+EVERY = ["training.log_every=1", "training.sample_every=4", "training.checkpoint_every=2"]
+SMALL = {
+    "clip": [
+        *DATA,
+        *EVERY,
+        "model.embedding_dim=16",
+        "model.vision_width=16",
+        "model.vision_layers=1",
+        "model.vision_heads=2",
+        "model.text_width=16",
+        "model.text_layers=1",
+        "model.text_heads=2",
+        "training.batch_size=8",
+        "random_crop=0.5",
+        "image_image_weight=0.5",
+    ],
+    "autoencoder": [
+        *DATA,
+        *EVERY,
+        "model.block_out_channels=[8,8,16]",
+        "adversarial_start=1",
+        "discriminator_channels=4",
+        "statistics_images=16",
+        "training.batch_size=8",
+    ],
+    "cache": ["data.max_images=24"],
+    "prior": [
+        *DATA,
+        *EVERY,
+        "model.num_attention_heads=2",
+        "model.attention_head_dim=8",
+        "model.num_layers=1",
+        "model.dropout=0.1",
+        "training.batch_size=8",
+    ],
+    "ldm": [
+        *DATA,
+        *EVERY,
+        "model.block_out_channels=[16,32]",
+        "model.attention_head_dim=2",
+        "model.norm_num_groups=8",
+        "sample_prompts=[a small red circle on the left]",
+        "training.batch_size=8",
+    ],
+}
+"""Overrides of `configs/shapes` that make every stage a matter of a second."""
+
+SCRIPT = {
+    "clip": "train_clip",
+    "autoencoder": "train_autoencoder",
+    "cache": "cache_latents",
+    "prior": "train_prior",
+    "ldm": "train_ldm",
+}
+READS = {
+    "clip": [],
+    "autoencoder": ["perceptual_clip"],
+    "cache": ["clip", "autoencoder"],
+    "prior": ["clip", "cache"],
+    "ldm": ["clip", "autoencoder", "cache", "prior"],
+}
+
+
+def _arguments(stage: str, runs: Path, output: Path, *further: str) -> list[str]:
+    reads = [f"{name}={runs / name.removeprefix('perceptual_')}" for name in READS[stage]]
+    steps = [] if stage == "cache" else ["training.max_steps=4"]
+    return ["--config", str(SHAPES / f"{stage}.yaml"), f"output_dir={output}", *reads, *SMALL[stage], *steps, *further]
+
+
+def _run(stage: str, arguments: list[str]) -> int:
+    before = sys.argv
+    sys.argv = [str(ROOT / "train" / f"{SCRIPT[stage]}.py"), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
+        GradientState._reset_state()
+    raise AssertionError("the script ended without an exit code")
+
+
+@pytest.fixture(scope="session")
+def arguments_of() -> Callable[..., list[str]]:
+    """(stage, runs, output, *further) -> the command line of a small stage that reads the runs in `runs`."""
+    return _arguments
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[[str, list[str]], int]:
+    """(stage, command line) -> exit code: runs the stage's script as `python train/….py` does."""
+    return _run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder with all five runs, four steps each, none interrupted. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in SCRIPT:
+        assert _run(stage, _arguments(stage, folder, folder / stage)) == 0, stage
+    return folder
+
+
+@pytest.fixture
+def fails(capsys) -> Callable[..., str]:
+    """Runs a stage that must be refused: exit code 2 and one line on standard error, which is returned. Only the
+    progress bars of `datasets` may stand before it."""
+
+    def run(stage: str, arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert _run(stage, arguments) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "examples/s]" not in line]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run

@@ -1,0 +1,128 @@
+"""What the user gave and cannot be used: one line, exit code 2, and nothing written."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Every file there with its bytes."""
+    return lambda folder: {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_unknown_key(runs, arguments_of, fails, tmp_path):
+    line = fails("ldm", arguments_of("ldm", runs, tmp_path / "run", "training.learning_rat=1"))
+    assert "training.learning_rat" in line and "'training.learning_rate'" in line
+    line = fails("ldm", arguments_of("ldm", runs, tmp_path / "run", "model.layers_per_blok=1"))
+    assert "model.layers_per_blok" in line and "'layers_per_block'" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_option(runs, arguments_of, fails, tmp_path):
+    line = fails("prior", arguments_of("prior", runs, tmp_path / "run", "--resum"))
+    assert "--resum" in line and "'--resume'" in line
+
+
+def test_config_that_is_not_there(fails, tmp_path):
+    assert "no such file" in fails("clip", ["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("clip", "training.batch_size=0"),
+        ("clip", "training.gradient_accumulation_steps=2"),
+        ("clip", "model.patch_size=5"),
+        ("autoencoder", "kl_weight=-1"),
+        ("prior", "caption_dropout=1.5"),
+        ("ldm", "prediction_type=x0"),
+        ("ldm", "training.gradient_accumulation_steps=3"),
+        ("ldm", "training.learning_rate=fast"),
+    ],
+)
+def test_value_out_of_range(runs, arguments_of, fails, tmp_path, stage, override):
+    line = fails(stage, arguments_of(stage, runs, tmp_path / "run", override))
+    name, _, value = override.partition("=")
+    assert name.rpartition(".")[2] in line and value in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_column_lists_those_there_are(runs, arguments_of, fails, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "words": "a square"} for number in range(4)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = arguments_of("autoencoder", runs, tmp_path / "run", f"data.source={folder}", "data.caption_column=text")
+    line = fails("autoencoder", arguments)
+    assert "'text'" in line and "image, words" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("stage", "option"), [("cache", "autoencoder"), ("prior", "clip"), ("ldm", "autoencoder")])
+def test_missing_stage_folder(runs, arguments_of, fails, tmp_path, stage, option):
+    line = fails(stage, arguments_of(stage, runs, tmp_path / "run", f"{option}={tmp_path / 'absent'}"))
+    assert option in line and str(tmp_path / "absent") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_written_stage_folder(runs, arguments_of, fails, tmp_path):
+    shutil.copytree(runs / "autoencoder" / "model", tmp_path / "autoencoder" / "model")
+    weights = tmp_path / "autoencoder" / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    arguments = arguments_of("ldm", runs, tmp_path / "run", f"autoencoder={tmp_path / 'autoencoder'}")
+    line = fails("ldm", arguments)
+    assert str(weights) in line and "half-written" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_written_cache(runs, arguments_of, fails, tmp_path):
+    shutil.copytree(runs / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / "index.json").unlink()
+    line = fails("prior", arguments_of("prior", runs, tmp_path / "run", f"cache={tmp_path / 'cache'}"))
+    assert str(tmp_path / "cache") in line and "not finished" in line
+
+
+def test_cache_of_other_encoders(runs, arguments_of, run_script, fails, tmp_path):
+    arguments = arguments_of("autoencoder", runs, tmp_path / "other", "seed=1", "training.max_steps=1")
+    assert run_script("autoencoder", arguments) == 0
+    line = fails("ldm", arguments_of("ldm", runs, tmp_path / "run", f"autoencoder={tmp_path / 'other'}"))
+    assert "another autoencoder" in line and str(tmp_path / "other") in line
+
+
+def test_weights_to_start_from_that_do_not_fit(runs, arguments_of, run_script, fails, tmp_path):
+    """Another CLIP has wider embeddings: neither U-Net nor prior of the first can go on with it."""
+    wide = ["model.embedding_dim=32", "model.text_width=32", "training.max_steps=1"]
+    assert run_script("clip", arguments_of("clip", runs, tmp_path / "clip", *wide)) == 0
+    others = [f"clip={tmp_path / 'clip'}", f"cache={tmp_path / 'cache'}"]
+    assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", others[0])) == 0
+    line = fails("ldm", arguments_of("ldm", runs, tmp_path / "run", *others, f"init={runs / 'ldm'}"))
+    assert "cross_attention_dim 16" in line and "32" in line
+    line = fails("prior", arguments_of("prior", runs, tmp_path / "run", *others, f"init={runs / 'prior'}"))
+    assert "embedding_dim 16" in line and "32" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "cache", "prior", "ldm"])
+def test_folder_in_use_is_left_as_it_is(runs, arguments_of, fails, tree, stage):
+    before = tree(runs / stage)
+    line = fails(stage, arguments_of(stage, runs, runs / stage))
+    assert str(runs / stage) in line and "already in use" in line
+    assert tree(runs / stage) == before
+
+
+@pytest.mark.parametrize("stage", ["clip", "cache"])
+def test_output_that_is_a_file(runs, arguments_of, fails, tmp_path, stage):
+    (tmp_path / "file").write_text("mine")
+    assert "already in use" in fails(stage, arguments_of(stage, runs, tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_to_resume(runs, arguments_of, fails, tmp_path):
+    line = fails("prior", arguments_of("prior", runs, tmp_path / "run", "--resume"))
+    assert str(tmp_path / "run") in line and "without --resume" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,110 @@
+"""Each training script for a few steps on drawn scenes: what it leaves, and what it logs."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from ldm import config as configuration
+from ldm.config import LdmConfig
+from pipelines import LatentDiffusionPipeline
+from pipelines.cli import main as ldm_command
+
+METRICS = {
+    "clip": {"clip_loss", "image_image_loss", "learning_rate", "temperature", "image_to_text", "text_to_image"},
+    "autoencoder": {"l1", "kl", "psnr", "perceptual", "learning_rate"},
+    "prior": {"loss", "learning_rate"},
+    "ldm": {"loss", "learning_rate"},
+}
+TRAINED = sorted(METRICS)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_every_step_is_logged(runs, stage):
+    lines = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if METRICS[stage] <= set(line)}
+    assert sorted(steps) == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert list((runs / stage / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_checkpoints_hold_no_pickle(runs, stage):
+    checkpoints = sorted(path.name for path in (runs / stage / "checkpoints").iterdir())
+    assert checkpoints == ["step-000002", "step-000004"]
+    kinds = {path.suffix for path in (runs / stage).rglob("*") if path.is_file() and "tensorboard" not in str(path)}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".png", ".txt", ".jinja"}
+
+
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm"])
+def test_grids_are_pictures(runs, stage):
+    (grid,) = (runs / stage / "samples").iterdir()
+    assert grid.name == "step-000004.png"
+    low, high = Image.open(grid).convert("L").getextrema()
+    assert low < high
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_exports_the_averaged_weights(runs, stage):
+    ema = load_file(runs / stage / "checkpoints" / "step-000004" / "ema.safetensors")
+    raw = load_file(runs / stage / "checkpoints" / "step-000004" / "model.safetensors")
+    model = runs / stage / "model"
+    pairs = {
+        "clip": (model / "text_encoder", "text_model.embeddings.token_embedding.weight", "clip.token_embedding.weight"),
+        "autoencoder": (model / "vae", "encoder.conv_in.weight", "encoder.conv_in.weight"),
+        "prior": (model / "prior", "proj_in.weight", "proj_in.weight"),
+        "ldm": (model / "unet", "conv_in.weight", "conv_in.weight"),
+    }
+    folder, theirs, ours = pairs[stage]
+    (exported,) = [state[theirs] for path in folder.glob("*.safetensors") if theirs in (state := load_file(path))]
+    assert torch.equal(exported, ema[ours])
+    assert not torch.equal(exported, raw[ours])
+
+
+def test_stock_classes_open_every_component(runs):
+    vae = AutoencoderKL.from_pretrained(runs / "autoencoder" / "model" / "vae")
+    text = CLIPTextModelWithProjection.from_pretrained(runs / "clip" / "model" / "text_encoder")
+    image = CLIPVisionModelWithProjection.from_pretrained(runs / "clip" / "model" / "image_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(runs / "clip" / "model" / "tokenizer")
+    prior = PriorTransformer.from_pretrained(runs / "prior" / "model" / "prior")
+    unet = UNet2DConditionModel.from_pretrained(runs / "ldm" / "model" / "unet")
+    assert vae.config.latent_channels == unet.config.in_channels == 4
+    assert text.config.projection_dim == image.config.projection_dim == prior.config.embedding_dim == 16
+    assert unet.config.projection_class_embeddings_input_dim == 32
+    assert tokenizer.model_max_length == prior.config.num_embeddings == 24
+
+
+def test_latents_are_standardised(runs):
+    """The exported autoencoder's latents, times scaling_factor, have zero channel means and unit variance."""
+    cache = load_file(runs / "cache" / "images-00000.safetensors")
+    mean, std = cache["latent_mean"].float(), cache["latent_std"].float()
+    variance = mean.var(unbiased=False) + (std**2).mean()
+    assert mean.mean(dim=(0, 1, 3, 4)).abs().max() < 0.2
+    assert variance.item() == pytest.approx(1.0, rel=0.2)
+
+
+def test_the_prior_is_compared_with_baselines(runs):
+    last = json.loads((runs / "prior" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert all(-1 <= last[f"cosine_{name}"] <= 1 for name in ("prior", "text", "mean"))
+
+
+def test_the_resolved_configuration_is_kept(runs):
+    config = configuration.load(LdmConfig, runs / "ldm" / "config.yaml")
+    assert config.training.max_steps == 4 and config.model["block_out_channels"] == [16, 32]
+
+
+def test_the_runs_assemble_into_a_pipeline_that_draws(runs, tmp_path):
+    options = {"autoencoder": "autoencoder", "clip": "clip", "prior": "prior", "unet": "ldm"}
+    arguments = [text for option, stage in options.items() for text in (f"--{option}", str(runs / stage))]
+    with pytest.raises(SystemExit) as ended:
+        ldm_command(["assemble", *arguments, "--output", str(tmp_path / "model")])
+    assert ended.value.code == 0
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("a small red circle on the left", num_inference_steps=2, prior_num_inference_steps=2).images
+    assert image.size == (32, 32)
