@@ -139,7 +139,7 @@ def _load_table(config: DataConfig) -> datasets.Dataset:
             if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(source).rglob("*")):
                 raise UserError(f"data.source {source}: no images there")
             return datasets.load_dataset("imagefolder", data_dir=source, split=config.split)
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
             raise UserError(f"data.source {source}: no such file or folder, nor the name of a Hub repository")
         return datasets.load_dataset(source, split=config.split)
     except UserError:

@@ -1,0 +1,193 @@
+"""Captioned images from every source: what a sample is, what is random about it, and what is refused."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.config import DataConfig
+from ldm.data.captions import fill_template, open_images
+from ldm.errors import RunError, UserError
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of one colour each, left half white."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in COLOURS.items():
+        image = Image.new("RGB", (16, 16), colour)
+        image.paste((255, 255, 255), (0, 0, 8, 16))
+        image.save(folder / f"{name}.png")
+    return folder
+
+
+def samples(config: DataConfig, epochs: int = 1, seed: int = 0) -> list[dict]:
+    data = open_images(config, seed)
+    return [data.__getitems__([(epoch, index) for index in range(len(data))]) for epoch in range(epochs)]
+
+
+def check_colours(batch: dict) -> None:
+    """Each image, (3, S, S) in [-1, 1], has the colour of its caption on its right."""
+    assert batch["images"].dtype == torch.float32
+    for image, caption in zip(batch["images"], batch["captions"], strict=True):
+        (name,) = [name for name in COLOURS if name in caption]
+        assert (image[:, 4, 12] * 127.5 + 127.5).tolist() == list(COLOURS[name])
+        assert image[:, 4, 2].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_folder_with_a_text_file_beside_each_image(pictures):
+    for name in COLOURS:
+        (pictures / f"{name}.txt").write_text(f"a {name} square\n")
+    (batch,) = samples(DataConfig(source=str(pictures), image_size=16))
+    assert sorted(batch["captions"]) == ["a blue square", "a green square", "a red square"]
+    check_colours(batch)
+
+
+def test_folder_with_metadata(pictures):
+    rows = [{"file_name": f"{name}.png", "words": f"all {name}"} for name in COLOURS]
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (batch,) = samples(DataConfig(source=str(pictures), image_size=16, caption_column="words"))
+    check_colours(batch)
+
+
+@pytest.fixture
+def parquet(pictures):
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(COLOURS)),
+            "number": datasets.Value("int64"),
+        }
+    )
+    rows = {
+        "picture": [str(pictures / f"{name}.png") for name in COLOURS],
+        "label": [0, 1, 2],
+        "number": [0, 1, 2],
+    }
+    path = pictures / "pictures.parquet"
+    datasets.Dataset.from_dict(rows, features).to_parquet(path)
+    return str(path)
+
+
+def test_parquet_with_templates_over_class_labels(parquet):
+    config = DataConfig(
+        source=parquet, image_column="picture", image_size=16, caption_templates=["a {label} square", "{label}"]
+    )
+    data = open_images(config, 0)
+    assert data.captions(0) == ["a red square", "red"]
+    epochs = samples(config, epochs=20)
+    assert {caption for batch in epochs for caption in batch["captions"]} == {
+        text for name in COLOURS for text in (f"a {name} square", name)
+    }
+    for batch in epochs:
+        check_colours(batch)
+
+
+def test_names_for_integer_labels(parquet):
+    config = DataConfig(
+        source=parquet,
+        image_column="picture",
+        image_size=16,
+        caption_templates=["a {number} square"],
+        label_names=["red", "green", "blue"],
+    )
+    (batch,) = samples(config)
+    check_colours(batch)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "text"),
+    [
+        ("a photo of a {label}", {"label": "cat"}, "a photo of a cat"),
+        ("a photo of a {label}", {"label": "airplane"}, "a photo of an airplane"),
+        ("A {label}", {"label": "ibis"}, "An ibis"),
+        ("a blurry {label}", {"label": "airplane"}, "a blurry airplane"),
+        ("{label}, a {colour} one", {"label": "owl", "colour": "orange"}, "owl, an orange one"),
+    ],
+)
+def test_articles_agree(template, row, text):
+    assert fill_template(template, row) == text
+
+
+def test_what_is_random_depends_on_seed_epoch_and_index_alone(pictures):
+    for name in COLOURS:
+        (pictures / f"{name}.txt").write_text(name)
+    config = DataConfig(source=str(pictures), image_size=16, horizontal_flip=True)
+    data = open_images(config, 0)
+    epochs = [data.__getitems__([(epoch, 0)])["images"][0] for epoch in range(32)]
+    mirrored = [bool(image[1, 4, 2] < 0 or image[2, 4, 2] < 0) for image in epochs]
+    assert 6 <= sum(mirrored) <= 26
+    again = open_images(config, 0)
+    for epoch in reversed(range(32)):  # in another order, beside another sample
+        assert torch.equal(again.__getitems__([(epoch, 1), (epoch, 0)])["images"][1], epochs[epoch])
+    other = open_images(config, 1)
+    assert [bool((other.__getitems__([(e, 0)])["images"][0] != epochs[e]).any()) for e in range(32)].count(True) > 4
+
+
+def test_every_kind_of_picture_becomes_upright_rgb(tmp_path):
+    clear = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    Image.new("L", (10, 20), 51).save(tmp_path / "grey.png")
+    Image.new("CMYK", (10, 10), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    turned = Image.new("RGB", (16, 16), (0, 0, 0))
+    turned.paste((255, 255, 255), (0, 0, 16, 8))  # white above, by EXIF to be turned by 180°
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for path in list(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    (batch,) = samples(DataConfig(source=str(tmp_path), image_size=8))
+    images = dict(zip(batch["captions"], batch["images"], strict=True))
+    assert all(image.shape == (3, 8, 8) for image in images.values())
+    assert torch.all(images["clear"] == 1)  # what is transparent becomes white
+    assert torch.allclose(images["grey"], torch.full((3, 8, 8), 51 / 127.5 - 1))
+    assert images["print"][0].mean() > 0.8 and images["print"][1:].mean() < -0.8
+    assert images["turned"][:, 0].mean() < -0.9 and images["turned"][:, -1].mean() > 0.9
+
+
+def test_shapes_train_and_test_share_no_caption():
+    train, test = (open_images(DataConfig(split=split, max_images=300), 0) for split in ("train", "test"))
+    seen, unseen = ({data.captions(index)[0] for index in range(300)} for data in (train, test))
+    assert not seen & unseen
+    assert np.array_equal(train.pixels(7), open_images(DataConfig(max_images=300), 5).pixels(7))
+
+
+def test_an_image_that_cannot_be_read_is_named(pictures):
+    for name in COLOURS:
+        (pictures / f"{name}.txt").write_text(name)
+    (pictures / "green.png").write_bytes((pictures / "green.png").read_bytes()[:40])
+    data = open_images(DataConfig(source=str(pictures), image_size=16), 0)
+    with pytest.raises(RunError, match=r"image 1 of .*pictures"):
+        data.pixels(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_column": "image"}, "image_column 'image'.*it has picture, label, number"),
+        ({"caption_column": "text"}, "caption_column 'text'.*it has picture, label, number"),
+        ({"caption_templates": ["a {lable}"]}, "name 'lable'.*it has picture, label, number"),
+        ({"caption_templates": []}, "set caption_column or caption_templates.*label, number"),
+        ({"label_names": ["red"], "caption_templates": ["{number}"]}, "label_names has 1 names.*holds 2"),
+        ({"source": "absent.parquet"}, "absent.parquet: no such file"),
+        ({"source": "./absent"}, "absent: no such file or folder"),
+    ],
+)
+def test_what_cannot_be_used_is_named(parquet, change, said):
+    settings = {"source": parquet, "image_column": "picture", "image_size": 16, "caption_templates": ["{label}"]}
+    with pytest.raises(UserError, match=said):
+        open_images(DataConfig(**settings | change), 0)
+
+
+def test_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match="no images there"):
+        open_images(DataConfig(source=str(tmp_path)), 0)
+    (tmp_path / "note.txt").write_text("words")
+    with pytest.raises(UserError, match=r"no image there has a \.txt file"):
+        open_images(DataConfig(source=str(tmp_path)), 0)
