@@ -131,8 +131,9 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
     import torch
     from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+    from ldm.clip.export import text_tower
     from pipelines.text_to_image import LatentDiffusionPipeline
 
     def model(kind: type, name: str):
@@ -140,12 +141,10 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
 
     tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
     with_projection = CLIPTextModelWithProjection.from_pretrained(folders["text_encoder"], dtype=torch.float32)
-    text_encoder = CLIPTextModel(with_projection.config).eval()
-    _copy_text_tower(with_projection, text_encoder)
 
     pipeline = LatentDiffusionPipeline(
         vae=model(AutoencoderKL, "vae"),
-        text_encoder=text_encoder,
+        text_encoder=text_tower(with_projection),
         tokenizer=tokenizer,
         unet=model(UNet2DConditionModel, "unet"),
         scheduler=_scheduler(folders["scheduler"]),
@@ -162,14 +161,6 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
     # its config says and Diffusers in float32: stock would mix the two.
     for file in output.rglob("*.safetensors"):
         _convert(file, getattr(torch, dtype))
-
-
-def _copy_text_tower(source, target) -> None:
-    """The weights of CLIPTextModelWithProjection but its projection, into CLIPTextModel: same tower, other prefix."""
-    state = {key.removeprefix("text_model."): value for key, value in source.state_dict().items()}
-    state.pop("text_projection.weight")
-    prefix = "text_model." if any(key.startswith("text_model.") for key in target.state_dict()) else ""
-    target.load_state_dict({f"{prefix}{key}": value for key, value in state.items()})
 
 
 def _scheduler(folder: Path):

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch.utils.data import DataLoader
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from ldm import config as configuration
 from ldm.clip import export
@@ -215,7 +215,7 @@ def samples(
         prior=PriorTransformer.from_pretrained(prior_folder),
         prior_scheduler=DDPMScheduler.from_pretrained(prior_folder.parent / "prior_scheduler"),
         tokenizer=clip.tokenizer,
-        text_encoder=CLIPTextModel.from_pretrained(clip_folder / "text_encoder"),
+        text_encoder=export.text_tower(clip.text_encoder),
         unet=unet,
         vae=AutoencoderKL.from_pretrained(vae_folder),
         **parts,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
@@ -182,6 +183,16 @@ def load(folder: str | Path) -> ClipTowers:
         _frozen(CLIPTextModelWithProjection, root / "text_encoder"),
         _frozen(CLIPVisionModelWithProjection, root / "image_encoder"),
     )
+
+
+def text_tower(source: CLIPTextModelWithProjection) -> CLIPTextModel:
+    """The same tower without its projection, as the U-Net's text encoder: other prefix, same weights."""
+    tower = CLIPTextModel(source.config).eval()
+    state = {key.removeprefix("text_model."): value for key, value in source.state_dict().items()}
+    state.pop("text_projection.weight")
+    prefix = "text_model." if any(key.startswith("text_model.") for key in tower.state_dict()) else ""
+    tower.load_state_dict({f"{prefix}{key}": value for key, value in state.items()})
+    return tower
 
 
 def _frozen(kind: type, folder: Path):

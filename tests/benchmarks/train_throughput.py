@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import config as configuration
@@ -38,6 +39,7 @@ from train.train_ldm import build_unet
 
 CACHED_IMAGES = 4096
 CAPTIONS = 70
+ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 Step = Callable[[int], None]
 
@@ -86,7 +88,12 @@ def diffusers_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPText
         torch.randint(text.vocab_size, (config.training.batch_size, text.max_position_embeddings)),
         torch.randn(config.training.batch_size, 2 * text.projection_dim),
     )
-    return lambda _: diffusers_loop_step(unet, vae, text_encoder, noise_scheduler, optimizer, lr_scheduler, *batch)
+
+    def step(_: int) -> None:
+        with sdpa_kernel(list(ATTENTION)):  # as torch chooses: precision.prepare switched that off for the process
+            diffusers_loop_step(unet, vae, text_encoder, noise_scheduler, optimizer, lr_scheduler, *batch)
+
+    return step
 
 
 def our_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Step:
