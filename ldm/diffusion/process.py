@@ -1,13 +1,53 @@
-"""The forward process and what a network may predict of it. `alpha_bar_t` (B,) is ᾱ at each sample's timestep."""
+"""The forward process, its posterior, and what a network may predict. `alpha_bar_t` (B,) is ᾱ at each one's timestep.
+
+Timesteps are counted from 0 as in diffusers: t = 0 is the papers' 1, before which the image is clean and ᾱ is 1.
+"""
 
 import torch
 from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "score")
+
+
+def at_timestep(values: Tensor, t: Tensor) -> Tensor:
+    """Of a schedule's values (T,), those (B,) of the timesteps t (B,), integers in 0 … T - 1.
+
+    Raises:
+        ValueError: a timestep outside that range.
+    """
+    if len(outside := t[(t < 0) | (t >= len(values))]):
+        raise ValueError(f"t must be in 0 … {len(values) - 1}, got {outside[0].item()}")
+    return values[t]
+
+
+def before_timestep(alpha_bar: Tensor, t: Tensor) -> Tensor:
+    """ᾱ_{t-1} (B,) from a schedule's ᾱ (T,): 1 where t is 0. Raises ValueError as `at_timestep` does."""
+    return at_timestep(torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]]), t)
+
+
+def q_step(x_before: Tensor, beta_t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = √(1 - β_t) x_{t-1} + √β_t ε (Ho et al. 2020, equation 2). x_before, noise (B, …); beta_t (B,)."""
+    beta_t = _spread(beta_t, x_before)
+    return (1 - beta_t).sqrt() * x_before + beta_t.sqrt() * noise
 
 
 def q_sample(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (Ho et al. 2020, equation 4). x_0, noise (B, …)."""
     alpha_bar_t = _spread(alpha_bar_t, x_0)
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
+
+
+def q_posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, …) and variance (B, 1, …) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, equations 6 and 7).
+
+    x_0, x_t (B, …); `alpha_bar_before` (B,) is ᾱ_{t-1}. The variance is β̃_t, which is 0 where that is 1.
+    """
+    alpha_bar_t, alpha_bar_before = _spread(alpha_bar_t, x_0), _spread(alpha_bar_before, x_0)
+    alpha_t = alpha_bar_t / alpha_bar_before
+    mean = (alpha_bar_before.sqrt() * (1 - alpha_t) * x_0 + alpha_t.sqrt() * (1 - alpha_bar_before) * x_t) / (
+        1 - alpha_bar_t
+    )
+    return mean, (1 - alpha_bar_before) / (1 - alpha_bar_t) * (1 - alpha_t)
 
 
 def velocity(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
@@ -17,14 +57,49 @@ def velocity(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
 
 
 def prediction_target(prediction_type: str, x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
-    """What the network is to predict: `epsilon`, `v_prediction` or `sample` (x_0)."""
+    """What the network is to predict of a sample (B, …): `epsilon`, `v_prediction`, `sample` (x_0), or `score`,
+    ∇ log q(x_t | x_0) = -ε / √(1 - ᾱ_t) (Song et al. 2021, equation 29 and appendix C)."""
+    _check_prediction(prediction_type)
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
         return velocity(x_0, alpha_bar_t, noise)
     if prediction_type == "sample":
         return x_0
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+    return -noise / (1 - _spread(alpha_bar_t, noise)).sqrt()
+
+
+def clean_and_noise(
+    prediction: Tensor, prediction_type: str, x_t: Tensor, alpha_bar_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x̂_0 and ε̂ (B, …) that a prediction at x_t (B, …) amounts to: x_t = √ᾱ_t x̂_0 + √(1 - ᾱ_t) ε̂.
+
+    `epsilon` and `score` say nothing of x_0 where ᾱ_t is 0, as with zero terminal SNR, nor `sample` of ε where it is 1.
+    """
+    _check_prediction(prediction_type)
+    alpha_bar_t = _spread(alpha_bar_t, x_t)
+    a, s = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    if prediction_type == "sample":
+        return prediction, (x_t - a * prediction) / s
+    if prediction_type == "v_prediction":
+        return a * x_t - s * prediction, s * x_t + a * prediction
+    noise = -s * prediction if prediction_type == "score" else prediction
+    return (x_t - s * noise) / a, noise
+
+
+def convert(prediction: Tensor, given: str, wanted: str, x_t: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """A prediction (B, …) of kind `given`, at x_t, as the equal one of kind `wanted`; kinds as in `prediction_target`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    x_0, noise = clean_and_noise(prediction, given, x_t, alpha_bar_t)
+    return prediction_target(wanted, x_0, alpha_bar_t, noise)
+
+
+def _check_prediction(prediction_type: str) -> None:
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
 
 
 def _spread(per_sample: Tensor, like: Tensor) -> Tensor:

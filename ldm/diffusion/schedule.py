@@ -28,6 +28,23 @@ def alphas_bar(name: str, num_timesteps: int) -> Tensor:
     return torch.cumprod(1 - betas(name, num_timesteps), dim=0)
 
 
+def betas_of(alpha_bar: Tensor) -> Tensor:
+    """β (T,) of the process whose ᾱ (T,) is given: 1 - ᾱ_t / ᾱ_{t-1}."""
+    return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
 def snr(alpha_bar: Tensor) -> Tensor:
     """Signal-to-noise ratio ᾱ / (1 - ᾱ) (Kingma et al. 2021, equation 2)."""
     return alpha_bar / (1 - alpha_bar)
+
+
+def log_snr(alpha_bar: Tensor) -> Tensor:
+    """λ = log ᾱ - log(1 - ᾱ) (Kingma et al. 2021, equation 3)."""
+    return torch.logit(alpha_bar)
+
+
+def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
+    """ᾱ (T,) whose last is 0, so that the last x_t is noise and nothing else: √ᾱ shifted and scaled, the first kept
+    (Lin et al. 2024, algorithm 1). Not for networks that predict ε, which then says nothing of the image."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

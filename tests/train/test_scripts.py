@@ -108,3 +108,18 @@ def test_the_runs_assemble_into_a_pipeline_that_draws(runs, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline("a small red circle on the left", num_inference_steps=2, prior_num_inference_steps=2).images
     assert image.size == (32, 32)
+
+
+def test_clip_that_learns_nothing_says_so(runs, arguments_of, run_script, tmp_path, capfd):
+    slow = ["training.learning_rate=1e-9", "training.max_steps=100", "image_image_weight=0", "training.warmup_steps=0"]
+    assert run_script("clip", arguments_of("clip", runs, tmp_path / "run", *slow)) == 0
+    said = capfd.readouterr().out
+    assert "warning: step 100: the loss" in said and "sits at ln(8) = 2.079" in said
+
+
+def test_autoencoder_that_collapses_says_so(runs, arguments_of, run_script, tmp_path, capfd):
+    """A KL weight beyond reason leaves the prior in every channel, and nothing of the image."""
+    heavy = ["kl_weight=1e4", "perceptual_weight=0", "adversarial_weight=0", "training.learning_rate=0.05"]
+    arguments = arguments_of("autoencoder", runs, tmp_path / "run", *heavy, "training.max_steps=60")
+    assert run_script("autoencoder", arguments) == 0
+    assert "warning: collapse: 4 of 4 latent channels carry nothing; lower kl_weight" in capfd.readouterr().out
