@@ -27,13 +27,13 @@ def before_timestep(alpha_bar: Tensor, t: Tensor) -> Tensor:
 
 def q_step(x_before: Tensor, beta_t: Tensor, noise: Tensor) -> Tensor:
     """x_t = √(1 - β_t) x_{t-1} + √β_t ε (Ho et al. 2020, equation 2). x_before, noise (B, …); beta_t (B,)."""
-    beta_t = _spread(beta_t, x_before)
+    beta_t = spread(beta_t, x_before)
     return (1 - beta_t).sqrt() * x_before + beta_t.sqrt() * noise
 
 
 def q_sample(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (Ho et al. 2020, equation 4). x_0, noise (B, …)."""
-    alpha_bar_t = _spread(alpha_bar_t, x_0)
+    alpha_bar_t = spread(alpha_bar_t, x_0)
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
 
 
@@ -42,7 +42,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_before:
 
     x_0, x_t (B, …); `alpha_bar_before` (B,) is ᾱ_{t-1}. The variance is β̃_t, which is 0 where that is 1.
     """
-    alpha_bar_t, alpha_bar_before = _spread(alpha_bar_t, x_0), _spread(alpha_bar_before, x_0)
+    alpha_bar_t, alpha_bar_before = spread(alpha_bar_t, x_0), spread(alpha_bar_before, x_0)
     alpha_t = alpha_bar_t / alpha_bar_before
     mean = (alpha_bar_before.sqrt() * (1 - alpha_t) * x_0 + alpha_t.sqrt() * (1 - alpha_bar_before) * x_t) / (
         1 - alpha_bar_t
@@ -52,7 +52,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_before:
 
 def velocity(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
     """v = √ᾱ_t ε - √(1 - ᾱ_t) x_0 (Salimans & Ho 2022, appendix D)."""
-    alpha_bar_t = _spread(alpha_bar_t, x_0)
+    alpha_bar_t = spread(alpha_bar_t, x_0)
     return alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * x_0
 
 
@@ -66,7 +66,7 @@ def prediction_target(prediction_type: str, x_0: Tensor, alpha_bar_t: Tensor, no
         return velocity(x_0, alpha_bar_t, noise)
     if prediction_type == "sample":
         return x_0
-    return -noise / (1 - _spread(alpha_bar_t, noise)).sqrt()
+    return -noise / (1 - spread(alpha_bar_t, noise)).sqrt()
 
 
 def clean_and_noise(
@@ -77,7 +77,7 @@ def clean_and_noise(
     `epsilon` and `score` say nothing of x_0 where ᾱ_t is 0, as with zero terminal SNR, nor `sample` of ε where it is 1.
     """
     _check_prediction(prediction_type)
-    alpha_bar_t = _spread(alpha_bar_t, x_t)
+    alpha_bar_t = spread(alpha_bar_t, x_t)
     a, s = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
     if prediction_type == "sample":
         return prediction, (x_t - a * prediction) / s
@@ -102,6 +102,6 @@ def _check_prediction(prediction_type: str) -> None:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
 
 
-def _spread(per_sample: Tensor, like: Tensor) -> Tensor:
+def spread(per_sample: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, …) with as many dimensions, and the precision, of `like`."""
     return per_sample.to(like.device, torch.promote_types(like.dtype, torch.float32)).view(-1, *[1] * (like.ndim - 1))
