@@ -131,6 +131,16 @@ def clipped_posterior_variance(alpha_bar: Tensor) -> Tensor:
     return torch.cat([variance[1:2], variance[1:]])
 
 
+def epsilon_weights(alpha_bar: Tensor, variance: str = "fixed_small") -> Tensor:
+    """β_t² / (2 σ_t² α_t (1 - ᾱ_t)) (T,): the weights on ‖ε̂ - ε‖² that make it the bound, in nats, up to a constant
+    (Ho et al. 2020, equation 12); L_simple leaves them out. The first is the next one's, as its term is the decoder's.
+    """
+    beta = betas_of(alpha_bar)
+    sigma_squared = log_variance(variance, None, beta, clipped_posterior_variance(alpha_bar)).exp()
+    weights = beta**2 / (2 * sigma_squared * (1 - beta) * (1 - alpha_bar))
+    return torch.cat([weights[1:2], weights[1:]])
+
+
 @torch.no_grad()
 def variational_bound(
     network: Network,

@@ -92,6 +92,17 @@ def test_a_term_is_the_divergence_of_posterior_and_model():
         torch.testing.assert_close(ours, exact.flatten(1).mean(1) / math.log(2), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large"])
+def test_a_term_is_a_weighted_error_of_the_noise_and_a_constant(kind):
+    alpha_bar = schedule.alphas_bar("linear", 50)
+    x_0, noise, error = randn(3, 4, 2, 3, seed=2).clamp(-1, 1)
+    t = torch.tensor([1, 7, 20, 49])
+    x_t = q_sample(x_0, alpha_bar[t], noise)
+    terms = [vb.bound_term(noise + e, x_0, x_t, t, alpha_bar, "epsilon", kind) for e in (error, 0 * error)]
+    weighted = vb.epsilon_weights(alpha_bar, kind)[t] * (error**2).flatten(1).mean(1) / math.log(2)
+    torch.testing.assert_close(terms[0] - terms[1], weighted, rtol=1e-9, atol=1e-12)
+
+
 def test_the_first_term_is_the_decoders():
     alpha_bar = schedule.alphas_bar("linear", 50)
     x_0 = (torch.arange(6, dtype=DOUBLE) / 127.5 - 1).view(1, 2, 3)
