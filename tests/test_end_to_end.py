@@ -22,7 +22,7 @@ def model(tmp_path_factory) -> Path:
     runs = {stage: f"{stage}={root / stage}" for stage in ("clip", "autoencoder", "prior", "cache")}
     for script, name, reads in (
         ("train_clip", "clip", []),
-        ("train_autoencoder", "autoencoder", [f"perceptual_clip={root / 'clip'}"]),
+        ("train_autoencoder", "autoencoder", []),
         ("cache_latents", "cache", [runs["clip"], runs["autoencoder"]]),
         ("train_prior", "prior", [runs["clip"], runs["cache"]]),
         ("train_ldm", "ldm", [runs["clip"], runs["autoencoder"], runs["cache"], runs["prior"]]),

@@ -136,25 +136,20 @@ def _outline(shape: str, side: float) -> np.ndarray:
 
 
 def read(image: Image.Image) -> list[Object]:
-    """Objects found in an RGB image, largest first: colour by nearest palette entry, shape by best-fitting outline."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    """Objects found in an RGB image, largest first: colour by unmixing each pixel, shape by best-fitting outline."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) - BACKGROUND
     height, width, _ = pixels.shape
-    palette = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float64)
-    nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(axis=-1)
-    masks = {number: _largest_component(nearest == number) for number in range(1, len(palette))}
-    free = np.ones((height, width), dtype=bool)
+    # A pixel that an object covers in part lies on the line from the background (0) to the object's colour (1), so its
+    # colour is that of the nearest line. Nearest colours would see a third one in the rim of every object.
+    axes = np.array(list(COLOURS.values()), dtype=np.float64) - BACKGROUND
+    coverage = np.clip(pixels @ axes.T / (axes**2).sum(axis=1), 0, 1)  # (H, W, colours)
+    nearest = np.linalg.norm(pixels[:, :, None] - coverage[..., None] * axes, axis=-1).argmin(axis=-1)
+    covered = np.take_along_axis(coverage, nearest[..., None], axis=-1)[..., 0] >= 0.5
+    masks = {number: _largest_component(covered & (nearest == number)) for number in range(len(axes))}
     found = []
-    # The anti-aliased rim of an object may look like a third colour: the largest object takes its rim with it.
     for number in sorted(masks, key=lambda n: -masks[n].sum()):
-        mask = masks[number] & free
-        if mask.sum() < 0.012 * height * width:
-            continue
-        reach = _grow(mask)
-        free &= ~reach
-        # Coverage of each pixel by the object: its place on the line from background (0) to the object's colour (1).
-        axis = palette[number] - palette[0]
-        coverage = np.clip((pixels - palette[0]) @ axis / (axis @ axis), 0, 1) * reach
-        found.append(_fit(coverage, list(COLOURS)[number - 1]))
+        if masks[number].sum() >= 0.012 * height * width:
+            found.append(_fit(coverage[..., number] * _grow(masks[number]), list(COLOURS)[number]))
     return found
 
 

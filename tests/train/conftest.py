@@ -32,6 +32,8 @@ SMALL = {
         *DATA,
         *EVERY,
         "model.block_out_channels=[8,8,16]",
+        "perceptual_weight=0.02",
+        "adversarial_weight=0.1",
         "adversarial_start=1",
         "discriminator_channels=4",
         "statistics_images=16",
