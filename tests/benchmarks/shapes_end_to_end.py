@@ -1,0 +1,82 @@
+"""All four stages on drawn scenes, by the README's commands: from nothing to pictures of captions never seen.
+
+    python tests/benchmarks/shapes_end_to_end.py --output FOLDER [--guidance-scale 3]
+
+Prints the time of each stage and, of 100 held-out captions, how many pictures show what of them. FOLDER, which must be
+new, gets the runs, the assembled model and grid.png.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ldm.data.shapes import compare, is_held_out, make_scene
+from ldm.errors import RunError, UserError, exit_code_of
+from pipelines import LatentDiffusionPipeline
+from pipelines.arguments import ArgumentParser
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = 100
+STAGES = {
+    "clip": ("train_clip", ()),
+    "autoencoder": ("train_autoencoder", ()),
+    "cache": ("cache_latents", ("clip", "autoencoder")),
+    "prior": ("train_prior", ("clip", "cache")),
+    "ldm": ("train_ldm", ("clip", "autoencoder", "cache", "prior")),
+}
+
+
+def train(folder: Path) -> None:
+    """Runs the five scripts and `ldm assemble`, each as its own process."""
+    begin = time.perf_counter()
+    for stage, (script, reads) in STAGES.items():
+        config = ROOT / "configs" / "shapes" / f"{stage}.yaml"
+        overrides = [f"output_dir={folder / stage}", *(f"{name}={folder / name}" for name in reads)]
+        run([ROOT / "train" / f"{script}.py", "--config", config, *overrides])
+        print(f"{stage}: done after {time.perf_counter() - begin:.0f} s", flush=True)
+    runs = {"clip": "clip", "autoencoder": "autoencoder", "prior": "prior", "unet": "ldm"}
+    options = [text for option, stage in runs.items() for text in (f"--{option}", folder / stage)]
+    run(["-m", "pipelines.cli", "assemble", *options, "--output", folder / "model"])
+    print(f"all: {time.perf_counter() - begin:.0f} s on {torch.get_num_threads()} threads")
+
+
+def run(arguments: list) -> None:
+    if code := subprocess.run([sys.executable, *map(str, arguments)]).returncode:
+        raise RunError(f"{Path(arguments[0]).name} ended with exit code {code}")
+
+
+def held_out_captions() -> list[str]:
+    """The first different ones of another series than the training scenes', none of which was trained on."""
+    captions = (make_scene(1, number).caption for number in range(10_000))
+    return list(dict.fromkeys(caption for caption in captions if is_held_out(caption)))[:CAPTIONS]
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Train every stage on drawn scenes and read the pictures of unseen captions.")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    arguments = parser.parse_args()
+    if arguments.output.exists():
+        raise UserError(f"--output {arguments.output}: already in use; name a new folder")
+    train(arguments.output)
+
+    captions = held_out_captions()
+    pipeline = LatentDiffusionPipeline.from_pretrained(arguments.output / "model")
+    generators = [torch.Generator().manual_seed(number) for number in range(CAPTIONS)]
+    images = pipeline(captions, generator=generators, guidance_scale=arguments.guidance_scale).images
+    seen = [compare(image, caption) for image, caption in zip(images, captions, strict=True)]
+    for name in ("colour", "shape", "size", "position"):
+        print(f"{name}: {sum(getattr(agreement, name) for agreement in seen)} of {CAPTIONS}")
+    print(f"right colour and right shape: {sum(a.colour and a.shape for a in seen)} of {CAPTIONS}")
+    sheet = Image.new("RGB", (10 * 66, 10 * 66), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image.resize((64, 64), Image.Resampling.NEAREST), (number % 10 * 66, number // 10 * 66))
+    sheet.save(arguments.output / "grid.png")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
