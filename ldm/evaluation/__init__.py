@@ -1,1 +1,0 @@
-"""How good a model is: numbers that its training did not minimise."""
