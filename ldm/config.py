@@ -25,9 +25,10 @@ class DataConfig:
     """Where captioned images come from. Images reach every network as (3, image_size, image_size) in [-1, 1]."""
 
     source: str = "shapes"
-    """`shapes`, a folder of images, a parquet file or glob, or a Hub repository."""
+    """`shapes`, `digits` (scikit-learn's), a folder of images, a parquet file or glob, or a Hub repository."""
     split: str = "train"
-    """Split of a Hub repository or folder; of `shapes`: train, or test (captions never trained on)."""
+    """Split of a Hub repository or folder; of `shapes`: train, or test (captions never trained on); of `digits`: train,
+    or test (every fifth)."""
     image_size: int = 32
     image_column: str = "image"
     caption_column: str | None = None
@@ -101,8 +102,11 @@ class RunConfig:
 class AutoencoderConfig(RunConfig):
     """train_autoencoder.py: L1 + perceptual + KL, PatchGAN after a delay (Rombach et al. 2022, §3.1, appendix G)."""
 
+    kind: str = "kl"
+    """`kl`, the first stage of latent diffusion, to which the keys below belong; or an autoencoder of codes that are
+    vectors, `plain`, `denoising`, `sparse`, `k_sparse` or `variational`, which has keys in `model` alone."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of diffusers' AutoencoderKL."""
+    """Arguments of diffusers' AutoencoderKL, or of the class of `kind` in `ldm.autoencoders`."""
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.0
     perceptual_clip: str | None = None
@@ -113,8 +117,13 @@ class AutoencoderConfig(RunConfig):
     discriminator_channels: int = 32
     statistics_images: int = 4096
     """Images over which the mean and standard deviation of the latents are measured."""
+    greyscale: bool = False
+    """Whether autoencoders of any kind but `kl` see grey images."""
+    test_split: str | None = None
+    """Split on which the finished autoencoder is measured, of any kind but `kl`."""
 
     def __post_init__(self):
+        _choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(

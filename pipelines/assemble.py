@@ -80,6 +80,12 @@ def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
         model = run / "model" if (run / "model").is_dir() else run
         for component, class_name in COMPONENTS[stage].items():
             if not (model / component).is_dir():
+                if component == "vae" and (model / "autoencoder" / "config.json").is_file():
+                    kind = read_json(model / "autoencoder" / "config.json").get("_class_name")
+                    raise UserError(
+                        f"{stage} '{run}' holds a {kind}, whose codes are vectors without height and width: it cannot "
+                        "be the latent stage of a text-to-image model; give a run of train_autoencoder.py with kind=kl"
+                    )
                 raise UserError(
                     f"{stage} '{run}' has no '{component}' in it; give a finished {stage} run "
                     f"(its model folder holds {', '.join(COMPONENTS[stage])})"

@@ -4,23 +4,33 @@
 
 L1 + perceptual + KL, and a PatchGAN term after a delay. Leaves `<output_dir>/model/vae`, whose latents have zero
 channel means and, times its scaling_factor, unit variance.
+
+With another `kind` than `kl` (configs/digits), it trains the plain, denoising, sparse, k-sparse or variational
+autoencoder of `ldm.autoencoders`, measures it on `test_split` and leaves `<output_dir>/model/autoencoder`.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm import config as configuration
 from ldm.autoencoders import kl
+from ldm.autoencoders.denoising import DenoisingAutoencoder
 from ldm.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from ldm.autoencoders.k_sparse import KSparseAutoencoder
 from ldm.autoencoders.perceptual import PerceptualDistance
+from ldm.autoencoders.plain import Autoencoder
+from ldm.autoencoders.sparse import SparseAutoencoder
+from ldm.autoencoders.variational import VariationalAutoencoder
 from ldm.clip import export
 from ldm.config import AutoencoderConfig
 from ldm.data.captions import CaptionedImages, as_is, open_images
 from ldm.data.order import MicroBatches, global_batch
-from ldm.errors import exit_code_of
+from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.randomness import generator, seed_dropout
@@ -28,30 +38,43 @@ from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
 
 GRID_IMAGES = 16
+TEST_IMAGES = 10_000
+CLASSES = {
+    "kl": AutoencoderKL,
+    "plain": Autoencoder,
+    "denoising": DenoisingAutoencoder,
+    "sparse": SparseAutoencoder,
+    "k_sparse": KSparseAutoencoder,
+    "variational": VariationalAutoencoder,
+}
 
 
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(AutoencoderConfig, arguments.config, arguments.overrides)
-    configuration.check_arguments("model", config.model, AutoencoderKL)
+    configuration.check_arguments("model", config.model, CLASSES[config.kind])
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
     data = open_images(config.data, config.seed)
+    test_data = None
+    if config.test_split is not None:
+        test_data = open_images(replace(config.data, split=config.test_split, max_images=TEST_IMAGES), config.seed)
 
     # Networks, optimisers, moving average
     torch.manual_seed(config.seed)
-    if config.init == "scratch":
-        vae = AutoencoderKL(**config.model)
+    autoencoder = build(config)
+    autoencoder.to(memory_format=torch.channels_last)
+    precision.prepare(autoencoder, accelerator.mixed_precision, accelerator.device)
+    if config.kind == "kl":
+        noise_shape = kl.latent_shape(autoencoder, config.data.image_size)
+        model = kl.Reconstruction(autoencoder)
     else:
-        vae = AutoencoderKL.from_pretrained(run.component_folder(config.init, "init", "vae"))
-    vae.to(memory_format=torch.channels_last)
-    precision.prepare(vae, accelerator.mixed_precision, accelerator.device)
-    latent_shape = kl.latent_shape(vae, config.data.image_size)
-    model = kl.Reconstruction(vae)
+        noise_shape = autoencoder.noise_shape
+        model = autoencoder
     discriminator = PatchDiscriminator(config.discriminator_channels)
     optimizer = optim.adamw(model, training)
     discriminator_optimizer = optim.adamw(discriminator, training)
-    ema = optim.moving_average(vae, training.ema_decay)
+    ema = optim.moving_average(autoencoder, training.ema_decay)
     perceptual = None
     if config.perceptual_weight:
         clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
@@ -60,11 +83,11 @@ def main() -> None:
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
-        vae.load_state_dict(resumed.tensors["model"])
+        autoencoder.load_state_dict(resumed.tensors["model"])
         discriminator.load_state_dict(resumed.tensors["discriminator"])
         optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
         optim.load_optimizer(discriminator_optimizer, resumed.tensors["discriminator_optimizer"])
-        optim.load_ema(ema, vae, resumed.tensors["ema"], first_step)
+        optim.load_ema(ema, autoencoder, resumed.tensors["ema"], first_step)
     model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         model, discriminator, optimizer, discriminator_optimizer
     )
@@ -90,25 +113,28 @@ def main() -> None:
         rate = optim.set_learning_rate(optimizer, step, training)
         optim.set_learning_rate(discriminator_optimizer, step, training)
         x = batch["images"].to(accelerator.device, memory_format=torch.channels_last)
-        noise = torch.randn(share.batch_size, *latent_shape, generator=generator(config.seed, "posterior", step))
+        noise = torch.randn(share.batch_size, *noise_shape, generator=generator(config.seed, "posterior", step))
         noise = noise[share.slice(accumulation_step)].to(accelerator.device)
         adversarial = config.adversarial_weight > 0 and step >= config.adversarial_start
 
         # Autoencoder
         with accelerator.accumulate(model, discriminator):
-            x_hat, mean, logvar = model(x, noise)
-            l1 = (x_hat - x).abs().mean()
-            kl_loss = kl.kl_divergence(mean, logvar)
-            metrics = {"l1": l1, "kl": kl_loss, "psnr": kl.psnr(x_hat, x)}
-            reconstruction = l1
-            if perceptual is not None:
-                metrics["perceptual"] = perceptual(x_hat, x)
-                reconstruction = l1 + config.perceptual_weight * metrics["perceptual"]
-            loss = reconstruction + config.kl_weight * kl_loss
+            if config.kind == "kl":
+                x_hat, mean, logvar = model(x, noise)
+                l1, kl_loss = (x_hat - x).abs().mean(), kl.kl_divergence(mean, logvar)
+                metrics = {"l1": l1, "kl": kl_loss, "psnr": kl.psnr(x_hat, x)}
+                reconstruction = l1
+                if perceptual is not None:
+                    metrics["perceptual"] = perceptual(x_hat, x)
+                    reconstruction = l1 + config.perceptual_weight * metrics["perceptual"]
+                loss = reconstruction + config.kl_weight * kl_loss
+            else:
+                metrics = model(in_unit_range(x, autoencoder), noise)
+                loss = metrics["loss"]
             if adversarial:
                 discriminator.requires_grad_(False)
                 metrics["adversarial"] = generator_loss(discriminator(x_hat))
-                weight = adaptive_weight(reconstruction, metrics["adversarial"], vae.decoder.conv_out.weight)
+                weight = adaptive_weight(reconstruction, metrics["adversarial"], autoencoder.decoder.conv_out.weight)
                 loss = loss + config.adversarial_weight * weight * metrics["adversarial"]
                 discriminator.requires_grad_(True)
             accelerator.backward(loss)
@@ -131,47 +157,101 @@ def main() -> None:
         tracker.collect(**metrics)
         if not accelerator.sync_gradients:
             continue
-        ema.step(vae.parameters())
+        ema.step(autoencoder.parameters())
         done = step + 1
         tracker.step(done, learning_rate=rate)
         if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, vae):
-                tracker.pictures(done, reconstructions(vae, data, accelerator.device), columns=GRID_IMAGES // 2)
+            with optim.averaged(ema, autoencoder):
+                tracker.pictures(done, reconstructions(autoencoder, data, accelerator.device), columns=GRID_IMAGES // 2)
         if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
             tensors = {
-                "model": vae.state_dict(),
-                "ema": optim.ema_tensors(ema, vae),
+                "model": autoencoder.state_dict(),
+                "ema": optim.ema_tensors(ema, autoencoder),
                 "optimizer": optim.optimizer_tensors(optimizer),
                 "discriminator": accelerator.unwrap_model(discriminator).state_dict(),
                 "discriminator_optimizer": optim.optimizer_tensors(discriminator_optimizer),
             }
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
 
-    # Export: averaged weights, standardised latents
+    # Export: averaged weights
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
-        vae.eval()
-        statistics = kl.latent_statistics(posteriors(vae, data, config, accelerator.device))
-        channels = len(statistics.mean)
-        tracker.log(training.max_steps, latent_std=statistics.std, active_channels=statistics.active_channels)
-        if statistics.active_channels < channels:
-            tracker.say(
-                f"warning: collapse: {channels - statistics.active_channels} of {channels} latent channels carry "
-                f"nothing; lower kl_weight ({config.kl_weight})"
-            )
-        kl.standardise(vae, statistics)
-        vae.save_pretrained(folder / "model" / "vae")
-        tracker.say(f"wrote {folder / 'model' / 'vae'} (scaling_factor {vae.config.scaling_factor:.4f})")
+        ema.copy_to(autoencoder.parameters())
+        autoencoder.eval()
+        if test_data is not None and config.kind != "kl":
+            tracker.log(training.max_steps, **measured(autoencoder, test_data, config, accelerator.device))
+        exported = folder / "model" / ("vae" if config.kind == "kl" else "autoencoder")
+        if config.kind == "kl":
+            standardise(autoencoder, data, config, accelerator.device, tracker)
+        autoencoder.save_pretrained(exported)
+        tracker.say(f"wrote {exported}")
     tracker.close()
     accelerator.end_training()
 
 
+def build(config: AutoencoderConfig) -> nn.Module:
+    """The autoencoder of `config.kind`, from scratch or from `config.init`."""
+    kind = CLASSES[config.kind]
+    if config.init != "scratch":
+        component = "vae" if config.kind == "kl" else "autoencoder"
+        autoencoder = kind.from_pretrained(run.component_folder(config.init, "init", component))
+    else:
+        side = config.data.image_size
+        sizes = {} if config.kind == "kl" else {"image_shape": (1 if config.greyscale else 3, side, side)}
+        try:
+            autoencoder = kind(**{**sizes, **config.model})
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+    if config.kind != "kl":
+        channels, *sides = autoencoder.image_shape
+        if channels not in (1, 3) or sides != [config.data.image_size] * 2:
+            raise UserError(
+                f"model.image_shape {list(autoencoder.image_shape)}: must be 1 or 3 channels of data.image_size "
+                f"{config.data.image_size}"
+            )
+    return autoencoder
+
+
+def in_unit_range(x: torch.Tensor, autoencoder: nn.Module) -> torch.Tensor:
+    """Images (B, 3, S, S) in [-1, 1] as the autoencoders of vectors want them: in [0, 1], grey where they have one
+    channel."""
+    x = (x + 1) / 2
+    return x.mean(dim=1, keepdim=True) if autoencoder.image_shape[0] == 1 else x
+
+
+def measured(
+    autoencoder: nn.Module, data: CaptionedImages, config: AutoencoderConfig, device: torch.device
+) -> dict[str, float]:
+    """What the autoencoder's kind measures on images it was not trained on."""
+    x = data.__getitems__([(0, index) for index in range(len(data))])["images"].to(device)
+    values = autoencoder.measure(in_unit_range(x, autoencoder), generator(config.seed, "measure"))
+    return {f"test_{name}": value for name, value in values.items()}
+
+
+def standardise(
+    vae: AutoencoderKL, data: CaptionedImages, config: AutoencoderConfig, device: torch.device, tracker: Tracker
+) -> None:
+    """Gives the latents zero channel means and the scaling_factor that makes their variance 1; warns of collapse."""
+    statistics = kl.latent_statistics(posteriors(vae, data, config, device))
+    channels = len(statistics.mean)
+    tracker.log(config.training.max_steps, latent_std=statistics.std, active_channels=statistics.active_channels)
+    if statistics.active_channels < channels:
+        tracker.say(
+            f"warning: collapse: {channels - statistics.active_channels} of {channels} latent channels carry "
+            f"nothing; lower kl_weight ({config.kl_weight})"
+        )
+    kl.standardise(vae, statistics)
+
+
 @torch.no_grad()
-def reconstructions(vae: AutoencoderKL, data: CaptionedImages, device: torch.device) -> torch.Tensor:
-    """Rows of originals, each above its reconstruction from the posterior's mean: (N, 3, S, S) in [-1, 1]."""
+def reconstructions(autoencoder: nn.Module, data: CaptionedImages, device: torch.device) -> torch.Tensor:
+    """Rows of originals, each above its reconstruction (from a posterior's mean): (N, 3, S, S) in [-1, 1]."""
     indices = range(min(GRID_IMAGES, len(data)))
     x = data.__getitems__([(0, index) for index in indices])["images"].to(device)
-    x_hat = vae.decode(vae.encode(x).latent_dist.mean).sample
+    if isinstance(autoencoder, AutoencoderKL):
+        x_hat = autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample
+    else:
+        restored = autoencoder.decode(autoencoder.encode(in_unit_range(x, autoencoder)))
+        x_hat = (restored * 2 - 1).expand_as(x)
     half = GRID_IMAGES // 2
     return torch.cat([part for i in range(0, len(x), half) for part in (x[i : i + half], x_hat[i : i + half])])
 

@@ -1,30 +1,39 @@
 """Denoising autoencoder: the input is corrupted, the original is to be restored (Vincent et al. 2008)."""
 
+from collections.abc import Sequence
+
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-
-def mask(x: Tensor, proportion: float, draws: Tensor) -> Tensor:
-    """x (B, …) with a fixed proportion of each sample's elements set to 0 (Vincent et al. 2008, §2.3).
-
-    draws, like x, uniform in [0, 1): the elements with the smallest ones go, round(proportion · elements) of them.
-
-    Raises:
-        ValueError: proportion outside [0, 1].
-    """
-    if not 0 <= proportion <= 1:
-        raise ValueError(f"proportion must be in [0, 1], got {proportion:g}")
-    flat = draws.flatten(1)
-    ranks = flat.argsort(dim=1).argsort(dim=1)
-    kept = ranks >= round(proportion * flat.shape[1])
-    return x * kept.view(x.shape)
+from ldm.autoencoders.corruption import add_noise, mask
+from ldm.autoencoders.plain import Autoencoder, squared_error
 
 
-def add_noise(x: Tensor, deviation: float, noise: Tensor) -> Tensor:
-    """x + deviation · noise, all (B, …), noise standard normal.
+class DenoisingAutoencoder(Autoencoder):
+    """Loss ‖f_θ(g_φ(x̃)) - x‖², x̃ the image with Gaussian noise added, then a fixed proportion of elements masked."""
 
-    Raises:
-        ValueError: deviation < 0.
-    """
-    if deviation < 0:
-        raise ValueError(f"deviation must be >= 0, got {deviation:g}")
-    return x + deviation * noise
+    @register_to_config
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 8, 8),
+        architecture: str = "mlp",
+        hidden_sizes: Sequence[int] = (128,),
+        code_size: int = 16,
+        activation: str = "relu",
+        mask_proportion: float = 0.25,
+        noise_deviation: float = 0.0,
+    ):
+        super().__init__(image_shape, architecture, hidden_sizes, code_size, activation)
+        self.mask_proportion, self.noise_deviation = mask_proportion, noise_deviation
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (2, *self.image_shape)
+
+    def corrupt(self, x: Tensor, noise: Tensor) -> Tensor:
+        """x̃ of x; noise (B, 2, C, H, W): what is added, and what chooses the masked elements."""
+        return mask(add_noise(x, self.noise_deviation, noise[:, 0]), self.mask_proportion, noise[:, 1])
+
+    def forward(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        error = squared_error(self.decode(self.encode(self.corrupt(x, noise))), x)
+        return {"loss": error, "squared_error": error}

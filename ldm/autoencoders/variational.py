@@ -4,12 +4,20 @@ All in nats, with every constant; `bits_per_dim` converts. q_φ(z | x) is a diag
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ldm.autoencoders import networks
+
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+LIKELIHOODS = ("bernoulli", "fixed_gaussian", "learned_gaussian")
+LOGVAR_RANGE = (-8.0, 4.0)  # pixels that never change would drive a learned variance to 0, and the density to infinity
+BOUND_SAMPLES = 500
 
 
 def reparameterise(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -74,3 +82,98 @@ def bits_per_dim(log_likelihood: Tensor, dimensions: int, levels: int | None = N
     counts the levels: log2(levels) is added (Theis et al. 2016, §3.1)."""
     bits = -log_likelihood / (dimensions * math.log(2))
     return bits if levels is None else bits + math.log2(levels)
+
+
+class VariationalAutoencoder(ModelMixin, ConfigMixin):
+    """Loss -ELBO, in nats an image, with a diagonal Gaussian posterior over codes (Kingma & Welling 2014).
+
+    likelihood: `bernoulli`, `fixed_gaussian` of standard deviation `deviation`, or `learned_gaussian`, whose decoder
+    gives the log-variance of each element too. binarise: images become 0 or 1, about 0.5, as Bernoullis want them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 8, 8),
+        architecture: str = "mlp",
+        hidden_sizes: Sequence[int] = (128,),
+        code_size: int = 8,
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        deviation: float = 0.1,
+        beta: float = 1.0,
+        binarise: bool = False,
+    ):
+        super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+        if not deviation > 0:
+            raise ValueError(f"deviation must be > 0, got {deviation:g}")
+        elbo(torch.zeros(1), torch.zeros(1), beta)  # refuses what is no β
+        channels, height, width = self.image_shape = tuple(image_shape)
+        decoded = (2 * channels if likelihood == "learned_gaussian" else channels, height, width)
+        self.encoder = networks.encoder(architecture, image_shape, hidden_sizes, 2 * code_size, activation)
+        self.decoder = networks.decoder(architecture, decoded, hidden_sizes, code_size, activation)
+        self.likelihood, self.logvar, self.beta = likelihood, 2 * math.log(deviation), beta
+        self.binarise, self.code_size = binarise, code_size
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the standard normal noise that `forward` takes for each image."""
+        return (self.code_size,)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, code_size) of q_φ(z | x)."""
+        mean, logvar = self.encoder(x)[0].chunk(2, dim=1)
+        return mean, logvar
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The posterior's means (B, code_size) of images (B, C, H, W) in [0, 1]."""
+        return self.posterior(self.observed(x))[0]
+
+    def decode(self, code: Tensor) -> Tensor:
+        """The mean of p_θ(x | z)."""
+        output = self.decoder(code)[0]
+        if self.likelihood == "bernoulli":
+            return output.sigmoid()
+        return output if self.likelihood == "fixed_gaussian" else output.chunk(2, dim=1)[0]
+
+    def observed(self, x: Tensor) -> Tensor:
+        """The images that the likelihood is of: as they are, or binary."""
+        return (x > 0.5).to(x.dtype) if self.binarise else x
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p_θ(x | z) (B,)."""
+        output = self.decoder(z)[0]
+        if self.likelihood == "bernoulli":
+            return bernoulli_log_likelihood(x, output)
+        if self.likelihood == "fixed_gaussian":
+            return gaussian_log_likelihood(x, output, torch.full_like(output, self.logvar))
+        mean, logvar = output.chunk(2, dim=1)
+        return gaussian_log_likelihood(x, mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def forward(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """`loss`, and its parts in nats, of a batch; noise (B, code_size)."""
+        x = self.observed(x)
+        mean, logvar = self.posterior(x)
+        log_likelihood = self.log_likelihood(x, reparameterise(mean, logvar, noise))
+        kl = kl_to_standard_normal(mean, logvar)
+        loss = -elbo(log_likelihood, kl, self.beta).mean()
+        return {"loss": loss, "log_likelihood": log_likelihood.mean(), "kl": kl.mean()}
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, generator: torch.Generator) -> dict[str, float]:
+        """ELBO (β = 1) and the importance-weighted bound of 500 samples, in nats an image, and bits/dim of the second;
+        and active units, those whose posterior mean varies by more than 0.01 (Burda et al. 2016, appendix C)."""
+        x = self.observed(x)
+        mean, logvar = self.posterior(x)
+        noise = torch.randn(BOUND_SAMPLES, *mean.shape, generator=generator).to(x.device)
+        z = reparameterise(mean, logvar, noise)
+        likelihoods = torch.stack([self.log_likelihood(x, sample) for sample in z])
+        bound = importance_weighted_bound(likelihoods, z, mean, logvar).mean()
+        return {
+            "elbo": elbo(likelihoods.mean(dim=0), kl_to_standard_normal(mean, logvar)).mean().item(),
+            f"iwae_{BOUND_SAMPLES}": bound.item(),
+            "bits_per_dim": bits_per_dim(bound, x[0].numel()).item(),
+            "active_units": int((mean.var(dim=0) > 0.01).sum()),
+        }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, kl_divergence
 
-from ldm.autoencoders.denoising import add_noise, mask
+from ldm.autoencoders.corruption import add_noise, mask
 from ldm.autoencoders.k_sparse import keep_largest
 from ldm.autoencoders.sparse import bernoulli_kl, sparsity_penalty
 
