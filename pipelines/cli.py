@@ -32,6 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(exit_code_of(lambda: _run(argv)))
 
 
+def console() -> None:
+    """The command as installed."""
+    if sys.argv[1:2] == ["generate"]:
+        # transformers imports these wherever they are installed, a second or more, and drawing needs neither
+        sys.modules.update(dict.fromkeys(("scipy", "sklearn")))
+    main()
+
+
 def _run(argv: Sequence[str] | None) -> None:
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():  # which also restores how they are shown
@@ -71,6 +79,13 @@ def _parser() -> ArgumentParser:
         joining.add_argument(f"--{stage}", metavar="RUN", required=True, help=f"run folder of {what}")
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
+
+    drawings = commands.add_parser("figures", help="redraw the figures of the source documents")
+    drawings.add_argument("--output", metavar="FOLDER", required=True, help="where the PNG files go")
+    drawings.add_argument(
+        "--runs", metavar="FOLDER", default="runs/digits", help="runs of configs/digits; default: runs/digits"
+    )
+    drawings.set_defaults(command=figures)
     return parser
 
 
@@ -123,6 +138,18 @@ def join(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     _be_quiet()
     print(assemble(**stages, output=arguments.output))
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    """`ldm figures`: draws what can be drawn, prints the paths, and says what the rest would need."""
+    output = Path(arguments.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output '{output}' is a file; name a folder")
+    _be_quiet()
+    from ldm.evaluation.figures import draw_all
+
+    for path, said in draw_all(output, Path(arguments.runs).expanduser()):
+        print(path if path is not None else f"note: not drawn, {said}", file=sys.stdout if path else sys.stderr)
 
 
 def _picture_paths(output: Path, count: int) -> list[Path]:
@@ -190,4 +217,4 @@ def _write(image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -20,7 +20,7 @@ from ldm.training import randomness
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MEMORY_LIMIT = 2**30  # decoded images are kept in memory up to this many bytes
-_SHAPES_LENGTH = 10_000
+_SHAPES_LENGTH = 20_000
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -247,7 +247,7 @@ def _open_digits(config: DataConfig, seed: int) -> CaptionedImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError('data.source digits: needs scikit-learn; pip install "ldm[digits]"') from None
+        raise UserError('data.source digits: needs scikit-learn; pip install "ldm[mathematics]"') from None
     digits = load_digits()
     numbers = [n for n in range(len(digits.images)) if (n % 5 == 4) == (config.split == "test")][: config.max_images]
     levels = np.round(digits.images * (255 / 16)).astype(np.uint8)

@@ -76,7 +76,7 @@ def test_stock_classes_open_every_component(runs):
     assert vae.config.latent_channels == unet.config.in_channels == 4
     assert text.config.projection_dim == image.config.projection_dim == prior.config.embedding_dim == 16
     assert unet.config.projection_class_embeddings_input_dim == 32
-    assert tokenizer.model_max_length == prior.config.num_embeddings == 24
+    assert tokenizer.model_max_length == prior.config.num_embeddings == 16
 
 
 def test_latents_are_standardised(runs):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.guidance import classifier_free_guidance, clip_guidance, rescale_guidance, scale_in_interval
+from ldm.diffusion.mixture import GaussianMixture, two_in_the_plane
 from ldm.diffusion.prior import best_of, derived_generator
 
 
@@ -34,6 +35,45 @@ def test_guiding_epsilon_guides_x0_alike():
         x_start(classifier_free_guidance(unconditional, conditional, 4.0)),
         classifier_free_guidance(x_start(unconditional), x_start(conditional), 4.0),
     )
+
+
+def test_rescaling_gives_back_the_conditional_deviation():
+    unconditional, conditional = random(4, 3, 8, 8), random(4, 3, 8, 8, seed=1)
+    guided = classifier_free_guidance(unconditional, conditional, 7.0)
+
+    def deviation(x):
+        return x.flatten(1).std(dim=1)
+
+    torch.testing.assert_close(rescale_guidance(guided, conditional, 0.0), guided)
+    torch.testing.assert_close(deviation(rescale_guidance(guided, conditional, 1.0)), deviation(conditional))
+    between = deviation(rescale_guidance(guided, conditional, 0.7))
+    torch.testing.assert_close(between, 0.7 * deviation(conditional) + 0.3 * deviation(guided))
+    with pytest.raises(ValueError, match=r"guidance_rescale must be in \[0, 1\], got 1.5"):
+        rescale_guidance(guided, conditional, 1.5)
+
+
+def test_guidance_holds_inside_the_interval_alone():
+    levels = [0.0, 0.19, 0.2, 0.5, 0.9, 0.91, 1.0]
+    assert [scale_in_interval(4.0, level, (0.2, 0.9)) for level in levels] == [1, 1, 4, 4, 4, 1, 1]
+    assert all(scale_in_interval(4.0, level, (0.0, 1.0)) == 4 for level in levels)
+    for interval in ((0.5, 0.4), (-0.1, 0.5), (0.0, 1.1), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="guidance_interval must be"):
+            scale_in_interval(4.0, 0.5, interval)
+
+
+def test_guidance_by_an_exact_reader_draws_from_the_condition():
+    """Where f(x_t)·g(c) is log p(c | x_t), Bayes' rule makes the guided ε that of the data given c."""
+    mixture, alpha_bar = two_in_the_plane(), torch.full((32,), 0.4, dtype=torch.float64)
+    second = GaussianMixture(torch.ones(1, dtype=torch.float64), mixture.means[1:], mixture.deviations[1:])
+    x_t = random(32, 2)
+
+    def log_share(x):
+        return mixture.weights[1].log() + second.log_density(x, alpha_bar) - mixture.log_density(x, alpha_bar)
+
+    guided = clip_guidance(mixture.epsilon(x_t, alpha_bar), x_t, alpha_bar, log_share, 1.0)
+    torch.testing.assert_close(guided, second.epsilon(x_t, alpha_bar), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="scale must be >= 0, got -1"):
+        clip_guidance(x_t, x_t, alpha_bar, log_share, -1.0)
 
 
 def test_best_of_takes_the_larger_dot_product_in_each_row():

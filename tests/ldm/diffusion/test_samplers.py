@@ -18,22 +18,11 @@ from diffusers import (
 )
 
 from ldm.diffusion import schedule
-from ldm.diffusion.process import convert
+from ldm.diffusion.mixture import two_in_the_plane
 
 DOUBLE = torch.float64
-WEIGHTS = torch.tensor([0.3, 0.7], dtype=DOUBLE)
-MEANS = torch.tensor([[-1.0, 0.5], [1.5, -0.5]], dtype=DOUBLE)
-DEVIATIONS = torch.tensor([0.3, 0.5], dtype=DOUBLE)
+MIXTURE = two_in_the_plane()
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-
-
-def noise(x, alpha_bar):
-    """E[ε | x_t] (B, 2), from the score of two round Gaussians."""
-    variance = alpha_bar * DEVIATIONS**2 + 1 - alpha_bar
-    away = x[:, None] - alpha_bar**0.5 * MEANS
-    log_share = WEIGHTS.log() - (away**2).sum(-1) / (2 * variance) - variance.log()
-    score = -(torch.softmax(log_share, dim=1)[..., None] * away / variance[:, None]).sum(1)
-    return convert(score, "score", "epsilon", x, torch.full((len(x),), alpha_bar, dtype=DOUBLE))
 
 
 def sample(scheduler, steps, x, generator=None):
@@ -44,7 +33,7 @@ def sample(scheduler, steps, x, generator=None):
     stochastic = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
     for number, t in enumerate(scheduler.timesteps):
         level = 1 / (1 + scheduler.sigmas[number].double() ** 2) if hasattr(scheduler, "sigmas") else alpha_bar[int(t)]
-        prediction = noise(scheduler.scale_model_input(x, t).double(), level.item())
+        prediction = MIXTURE.epsilon(scheduler.scale_model_input(x, t).double(), level.item())
         x = scheduler.step(prediction, t, x, **stochastic).prev_sample.double()
     return x
 
@@ -65,9 +54,7 @@ def test_samples_have_the_moments_of_the_data(scheduler, steps, tolerance, reque
     """20,000 of them; the methods of first order are allowed more, at 50 steps."""
     generator = torch.Generator().manual_seed(0)
     x = sample(scheduler, steps, torch.randn(20_000, 2, generator=generator, dtype=DOUBLE), generator)
-    mean = WEIGHTS @ MEANS
-    covariance = torch.einsum("k,ki,kj->ij", WEIGHTS, MEANS - mean, MEANS - mean)
-    covariance += (WEIGHTS @ DEVIATIONS**2) * torch.eye(2, dtype=DOUBLE)
+    mean, covariance = MIXTURE.moments()
     errors = (x.mean(0) - mean).abs().max().item(), (x.T.cov() - covariance).abs().max().item()
     print(f"{request.node.callspec.id}: error of the mean {errors[0]:.3f}, of the covariance {errors[1]:.3f}")
     assert max(errors) < tolerance
@@ -80,7 +67,7 @@ def exact_flow(x, first, last):
 
     def derivative(log_sigma, y):
         sigma = np.exp(log_sigma)
-        return sigma * noise(y / (1 + sigma**2) ** 0.5, 1 / (1 + sigma**2))
+        return sigma * MIXTURE.epsilon(y / (1 + sigma**2) ** 0.5, 1 / (1 + sigma**2))
 
     y, steps = x * (1 + first**2) ** 0.5, 4000
     h = (np.log(last) - np.log(first)) / steps

@@ -4,38 +4,15 @@ import pytest
 import torch
 
 from ldm.diffusion import schedule, sde
+from ldm.diffusion.mixture import two_in_the_plane
 
 DOUBLE = torch.float64
 PROCESS = sde.VariancePreserving(beta_max=40.0)  # ᾱ(1) = 2e-9: nothing of the data is left at t = 1
-WEIGHTS = torch.tensor([0.3, 0.7], dtype=DOUBLE)
-MEANS = torch.tensor([[-1.0, 0.5], [1.5, -0.5]], dtype=DOUBLE)
-DEVIATIONS = torch.tensor([0.3, 0.5], dtype=DOUBLE)
-
-
-def log_density(x, t):
-    """log p_t(x) (B,) of two round Gaussians in the plane, carried along the forward process."""
-    alpha_bar = PROCESS.alpha_bar(t).view(-1, 1)
-    variance = alpha_bar * DEVIATIONS**2 + 1 - alpha_bar  # (B, 2)
-    squares = ((x[:, None] - alpha_bar[:, :, None].sqrt() * MEANS) ** 2).sum(-1)
-    return torch.logsumexp(WEIGHTS.log() - squares / (2 * variance) - (2 * torch.pi * variance).log(), dim=1)
+MIXTURE = two_in_the_plane()
 
 
 def score(x, t):
-    with torch.enable_grad():
-        y = x if x.requires_grad else x.detach().requires_grad_()
-        return torch.autograd.grad(log_density(y, t).sum(), y, create_graph=True)[0]
-
-
-def draw(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
-    return MEANS[chosen] + DEVIATIONS[chosen, None] * torch.randn(count, 2, generator=generator, dtype=DOUBLE)
-
-
-def true_moments():
-    mean = WEIGHTS @ MEANS
-    spread = torch.einsum("k,ki,kj->ij", WEIGHTS, MEANS - mean, MEANS - mean)
-    return mean, spread + (WEIGHTS @ DEVIATIONS**2) * torch.eye(2, dtype=DOUBLE)
+    return MIXTURE.score(x, PROCESS.alpha_bar(t))
 
 
 def test_is_the_limit_of_the_linear_schedule():
@@ -63,7 +40,7 @@ def test_ornstein_uhlenbeck_paths_have_their_covariance():
 
 
 def test_hutchinson_estimates_the_divergence_without_bias():
-    x, t = draw(32, seed=2), torch.full((32,), 0.3, dtype=DOUBLE)
+    x, t = MIXTURE.sample(32, torch.Generator().manual_seed(2)), torch.full((32,), 0.3, dtype=DOUBLE)
 
     def drift(y):
         return sde.flow_drift(PROCESS, score, y, t)
@@ -82,21 +59,21 @@ def test_reverse_sde_returns_to_the_data():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(20_000, 2, generator=generator, dtype=DOUBLE)
     times = torch.linspace(1, 0, 501, dtype=DOUBLE)
-    samples = sde.euler_maruyama(PROCESS, lambda x, t: score(x, t).detach(), x, times, generator)
-    mean, covariance = true_moments()
+    samples = sde.euler_maruyama(PROCESS, score, x, times, generator)
+    mean, covariance = MIXTURE.moments()
     errors = (samples.mean(0) - mean).abs().max().item(), (samples.T.cov() - covariance).abs().max().item()
     print(f"error of the mean {errors[0]:.3f}, of the covariance {errors[1]:.3f}")
     assert max(errors) < 0.05
     # and not only in its moments: the share of the smaller heap
-    heap = ((samples - MEANS[0]).norm(dim=1) < (samples - MEANS[1]).norm(dim=1)).double().mean()
+    heap = ((samples - MIXTURE.means[0]).norm(dim=1) < (samples - MIXTURE.means[1]).norm(dim=1)).double().mean()
     assert heap.item() == pytest.approx(0.3, abs=0.02)
 
 
 def test_flow_keeps_the_marginals():
     """A sample carried by the flow from t = 0 to 1 has the density that the forward process has there: a normal's."""
-    x = draw(20_000, seed=4)
+    x = MIXTURE.sample(20_000, torch.Generator().manual_seed(4))
     for t in torch.linspace(0, 1, 401, dtype=DOUBLE)[:-1]:
-        x = x + sde.flow_drift(PROCESS, lambda x, t: score(x, t).detach(), x, t.expand(len(x))) / 400
+        x = x + sde.flow_drift(PROCESS, score, x, t.expand(len(x))) / 400
     assert x.mean(0).abs().max() < 0.03
     torch.testing.assert_close(x.T.cov(), torch.eye(2, dtype=DOUBLE), atol=0.04, rtol=0)
 

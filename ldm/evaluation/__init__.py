@@ -1,0 +1,1 @@
+"""How good a model is: numbers that its training did not minimise."""
