@@ -117,11 +117,12 @@ def forward_process(shown: int = 9) -> Figure:
     times = torch.linspace(0, T - 1, shown).long()
     figure = Figure((shown * 0.9, 2.2))
     rows = figure.subplots(2, shown)
+    for axes, t in zip(rows[0], times, strict=True):
+        axes.set_title(f"t = {t + 1}", fontsize=8)
     for row, name in zip(rows, ("linear", "squaredcos_cap_v2"), strict=True):
         alpha_bar = schedule.alphas_bar(name, T)
         for axes, t in zip(row, times, strict=True):
             _picture(axes, q_sample(x_0, alpha_bar[t].float().view(1), noise)[0, 0], -1.5, 1.5)
-            axes.set_title(f"t = {t + 1}" if row is rows[0] else "", fontsize=8)
         row[0].set_ylabel(SCHEDULES[name], fontsize=8)
     return figure
 
