@@ -180,22 +180,30 @@ class LdmConfig(RunConfig):
     clip: str = ""
     """Run of train_clip.py."""
     autoencoder: str = ""
-    """Run of train_autoencoder.py."""
+    """Run of train_autoencoder.py; or `none`: an unconditional DDPM in pixel space, which reads `data` and needs no
+    other run (Ho et al. 2020)."""
     prior: str | None = None
     """Run of train_prior.py: with it, sample grids are drawn from text alone."""
     cache: str = ""
     """Folder that cache_latents.py wrote."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of diffusers' UNet2DConditionModel, less those that follow from the other stages."""
+    """Arguments of diffusers' UNet2DConditionModel, or in pixel space its UNet2DModel, less those that follow from the
+    data and the other stages."""
     prediction_type: str = "v_prediction"
     """`v_prediction`, `epsilon` or `sample`."""
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000
+    objective: str = "simple"
+    """`simple`, the squared error (Ho et al. 2020, equation 14); `vlb`, the variational bound; or `hybrid`, both, the
+    bound for the variance alone (Nichol & Dhariwal 2021, equation 16)."""
+    variance: str = "fixed_small"
+    """Of p_θ(x_{t-1} | x_t): `fixed_small`, `fixed_large`, or `learned_range`, which a network in pixel space gives."""
     min_snr_gamma: float | None = None
-    """γ of min-SNR weighting (Hang et al. 2023), or None for uniform weights."""
+    """γ of min-SNR weighting of the simple objective (Hang et al. 2023), or None for uniform weights."""
     timestep_sampling: str = "uniform"
-    """`uniform`, or `logit_normal` (Esser et al. 2024, §3.1)."""
+    """`uniform`, `logit_normal` (Esser et al. 2024, §3.1), or with objective=vlb `importance` (Nichol & Dhariwal 2021,
+    §3.3)."""
     caption_dropout: float = 0.1
     image_embedding_dropout: float = 0.1
     joint_dropout: float = 0.05
@@ -204,9 +212,50 @@ class LdmConfig(RunConfig):
     """Image embeddings are noised to a level drawn from 0 … max_noise_level."""
     sample_guidance_scale: float = 3.0
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts of the sample grids; none draws none."""
+    """Prompts of the sample grids; none draws none. In pixel space grids are drawn without."""
+    greyscale: bool = False
+    """Whether images in pixel space are grey."""
 
     def __post_init__(self):
+        _choose("objective", self.objective, ("simple", "vlb", "hybrid"))
+        _choose("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
+        learned = self.variance == "learned_range"
+        _require(
+            not learned or self.autoencoder == "none",
+            "variance",
+            self.variance,
+            "fixed unless autoencoder is none: stock text-to-image pipelines know no learned variance",
+        )
+        _require(
+            learned == (self.objective == "hybrid") or self.objective == "vlb",
+            "variance",
+            self.variance,
+            "learned_range with objective=hybrid, and fixed with objective=simple",
+        )
+        _require(
+            self.timestep_sampling != "importance" or self.objective == "vlb",
+            "timestep_sampling",
+            self.timestep_sampling,
+            "uniform or logit_normal unless objective is vlb",
+        )
+        _require(
+            self.objective == "simple" or self.timestep_sampling != "logit_normal",
+            "timestep_sampling",
+            self.timestep_sampling,
+            "uniform or importance with objective=vlb or hybrid, whose mean is over uniform timesteps",
+        )
+        _require(
+            self.objective == "simple" or self.min_snr_gamma is None,
+            "min_snr_gamma",
+            self.min_snr_gamma,
+            f"null with objective={self.objective}",
+        )
+        _require(
+            self.autoencoder != "none" or not self.sample_prompts,
+            "sample_prompts",
+            self.sample_prompts,
+            "empty in pixel space, which is drawn without a prompt",
+        )
         _require(
             not self.sample_prompts or self.prior is not None,
             "sample_prompts",
@@ -215,7 +264,7 @@ class LdmConfig(RunConfig):
         )
         _choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
         _choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
-        _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
+        _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
         _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
         _require(
             0 <= self.image_embedding_dropout < 1,

@@ -4,33 +4,50 @@
 
 Rombach et al. 2022 with the decoder's conditions of Ramesh et al. 2022, §2.1, as Stable unCLIP joins them. Leaves
 `<output_dir>/model/{unet,scheduler,image_normalizer,image_noising_scheduler}`.
+
+With `autoencoder=none` (configs/digits/ldm.yaml) it is DDPM: no condition, in pixel space (Ho et al. 2020). Leaves in
+`<output_dir>/model` what stock DDPMPipeline and, where the variance is not learned, DDIMPipeline open.
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
+    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     PriorTransformer,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig
 
 from ldm import config as configuration
 from ldm.clip import export
 from ldm.config import LdmConfig
-from ldm.data.captions import as_is
+from ldm.data.captions import as_is, open_images
 from ldm.data.latents import CachedLatents
-from ldm.data.order import MicroBatches
+from ldm.data.order import MicroBatches, Share
+from ldm.data.pixels import Pixels
+from ldm.diffusion import importance
 from ldm.diffusion.embedding_noise import noised_embedding
-from ldm.diffusion.objective import dropped, min_snr_weight, timesteps, weighted_mse
+from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar
+from ldm.diffusion.variational_bound import (
+    bound_term,
+    discretised_log_likelihood,
+    gaussian_log_likelihood,
+    hybrid_loss,
+)
 from ldm.errors import exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
@@ -39,13 +56,148 @@ from ldm.training.tracking import Tracker
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import parse_training_arguments
 
+GRID_IMAGES = 64
+
 
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(LdmConfig, arguments.config, arguments.overrides)
-    configuration.check_arguments("model", config.model, UNet2DConditionModel)
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
+
+    # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
+    torch.manual_seed(config.seed)
+    task = in_pixel_space(config) if config.autoencoder == "none" else in_latent_space(config, accelerator.device)
+    unet = task.unet.to(memory_format=torch.channels_last)
+    precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
+    optimizer = optim.adamw(unet, training)
+    ema = optim.moving_average(unet, training.ema_decay)
+    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps).to(accelerator.device)
+    history = importance.empty_history(config.num_train_timesteps)
+
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed.step
+        unet.load_state_dict(resumed.tensors["model"])
+        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
+        optim.load_ema(ema, unet, resumed.tensors["ema"], first_step)
+        history = resumed.tensors["importance"]["history"] if "importance" in resumed.tensors else history
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    ema.to(accelerator.device)
+    if training.compile:
+        model.compile()
+
+    # Data: a pure function of the step
+    loader = DataLoader(
+        task.data,
+        batch_sampler=MicroBatches(len(task.data), share, config.seed, first_step, training.max_steps),
+        num_workers=config.data.num_workers,
+        collate_fn=as_is,
+    )
+    folder = run.claim(config, accelerator)
+    tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+
+    for number, batch in enumerate(loader, start=first_step * share.accumulation):
+        step, accumulation_step = divmod(number, share.accumulation)
+        seed_dropout(config.seed, step, share.rank)
+        rate = optim.set_learning_rate(optimizer, step, training)
+
+        # Everything random, drawn for the global batch, of which this process takes its part
+        draw = generator(config.seed, "ldm", step)
+        part = share.slice(accumulation_step)
+        posterior_noise, noise = torch.randn(2, share.batch_size, *task.data.latent_shape, generator=draw)
+        draws = torch.rand(share.batch_size, generator=draw)
+        if config.timestep_sampling == "importance":
+            if accumulation_step == 0:
+                shares = importance.probabilities(history)
+            t, weight = importance.draw_timesteps(draws, shares)
+        else:
+            t = timesteps(draws, config.num_train_timesteps, config.timestep_sampling)
+            weight = torch.ones(len(t))
+        conditions = task.conditions(batch, draw, share, part)
+        posterior_noise, noise, t, weight = (
+            values[part].to(accelerator.device) for values in (posterior_noise, noise, t, weight)
+        )
+        mean, std = batch["latent_mean"].to(accelerator.device), batch["latent_std"].to(accelerator.device)
+
+        with accelerator.accumulate(model):
+            z_0 = mean + std * posterior_noise
+            z_t = q_sample(z_0, alpha_bar[t], noise).contiguous(memory_format=torch.channels_last)
+            output = model(z_t, t, **conditions).sample.float()
+            terms = losses(config, output, z_0, z_t, noise, t, alpha_bar)
+            loss = (terms * weight.to(terms)).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                optim.check_finite(loss, norm, step=step, learning_rate=rate)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        tracker.collect(loss=loss)
+        if config.timestep_sampling == "importance":
+            history = importance.remember(history, *(x.cpu() for x in accelerator.gather((t, terms.detach()))))
+        if not accelerator.sync_gradients:
+            continue
+        ema.step(unet.parameters())
+        done = step + 1
+        tracker.step(done, learning_rate=rate)
+        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+            tensors = {
+                "model": unet.state_dict(),
+                "ema": optim.ema_tensors(ema, unet),
+                "optimizer": optim.optimizer_tensors(optimizer),
+            }
+            if config.timestep_sampling == "importance":
+                tensors["importance"] = {"history": history}
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+        if accelerator.is_main_process and (done % training.sample_every == 0 or done == training.max_steps):
+            with optim.averaged(ema, unet):
+                images = task.samples(unet)
+            if images is not None:
+                tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
+
+    # Export: averaged weights
+    if accelerator.is_main_process:
+        ema.copy_to(unet.parameters())
+        task.save(unet, folder / "model")
+        tracker.say(f"wrote {folder / 'model'}")
+    tracker.close()
+    accelerator.end_training()
+
+
+def losses(
+    config: LdmConfig, output: Tensor, z_0: Tensor, z_t: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor
+) -> Tensor:
+    """What each sample (B,) is to minimise, of the network's output at z_t: `config.objective`."""
+    if config.objective == "vlb":
+        decoder = discretised_log_likelihood if config.autoencoder == "none" else gaussian_log_likelihood
+        term = bound_term(output, z_0, z_t, t, alpha_bar, config.prediction_type, config.variance, decoder)
+        return config.num_train_timesteps * term
+    target = prediction_target(config.prediction_type, z_0, alpha_bar[t], noise)
+    if config.objective == "hybrid":
+        return hybrid_loss(output, z_0, z_t, target, t, alpha_bar, config.prediction_type)
+    error = squared_error(output, target)
+    if config.min_snr_gamma is None:
+        return error
+    return error * min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma).to(error)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between latent and pixel space."""
+
+    data: CachedLatents | Pixels
+    unet: nn.Module
+    conditions: Callable[[dict[str, Tensor], torch.Generator, Share, slice], dict[str, Tensor]]
+    """(batch, generator, share, part) -> further arguments of the U-Net for this process's part of the batch."""
+    samples: Callable[[nn.Module], Tensor | None]
+    """The U-Net -> images (N, 3, S, S) in [-1, 1] of the same noise at every call, or None."""
+    save: Callable[[nn.Module, Path], None]
+
+
+def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
+    """Cached latents; the U-Net attends to caption tokens and adds the image embedding to that of the time."""
+    configuration.check_arguments("model", config.model, UNet2DConditionModel)
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, vae_folder, clip_folder)
@@ -53,11 +205,8 @@ def main() -> None:
         run.component_folder(config.prior, "prior", "prior")
     text_config = CLIPTextConfig.from_pretrained(clip_folder / "text_encoder")
     embedding_dim = text_config.projection_dim
-
-    # U-Net, optimiser, moving average
-    torch.manual_seed(config.seed)
     if config.init == "scratch":
-        unet = build_unet(config, data.index.latent_shape, text_config.hidden_size, embedding_dim)
+        unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
     else:
         unet = UNet2DConditionModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
         run.check_fits(
@@ -65,19 +214,15 @@ def main() -> None:
             config.init,
             "U-Net",
             unet.config,
-            in_channels=data.index.latent_shape[0],
+            in_channels=data.latent_shape[0],
             cross_attention_dim=text_config.hidden_size,
             projection_class_embeddings_input_dim=2 * embedding_dim,
         )
-    unet.to(memory_format=torch.channels_last)
-    precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
-    optimizer = optim.adamw(unet, training)
-    ema = optim.moving_average(unet, training.ema_decay)
 
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net
-    mean, std = (statistic.to(accelerator.device) for statistic in data.embedding_statistics())
-    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps).to(accelerator.device)
-    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(accelerator.device)
+    mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
+    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(device)
+    no_caption_states = data.text(torch.zeros(1, dtype=torch.long))["hidden_states"].to(device)
     parts = {
         "scheduler": DPMSolverMultistepScheduler(
             num_train_timesteps=config.num_train_timesteps,
@@ -92,100 +237,72 @@ def main() -> None:
     parts["image_normalizer"].mean.data.copy_(mean[None])
     parts["image_normalizer"].std.data.copy_(std[None])
 
-    first_step = 0
-    if resumed is not None:
-        first_step = resumed.step
-        unet.load_state_dict(resumed.tensors["model"])
-        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
-        optim.load_ema(ema, unet, resumed.tensors["ema"], first_step)
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    ema.to(accelerator.device)
-    if training.compile:
-        model.compile()
-
-    # Data: a pure function of the step
-    loader = DataLoader(
-        data,
-        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
-        num_workers=config.data.num_workers,
-        collate_fn=as_is,
-    )
-    no_caption_states = data.text(torch.zeros(1, dtype=torch.long))["hidden_states"]
-    folder = run.claim(config, accelerator)
-    tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
-
-    for number, batch in enumerate(loader, start=first_step * share.accumulation):
-        step, accumulation_step = divmod(number, share.accumulation)
-        seed_dropout(config.seed, step, share.rank)
-        rate = optim.set_learning_rate(optimizer, step, training)
-
-        # Everything random, drawn for the global batch, of which this process takes its part
-        draw = generator(config.seed, "ldm", step)
-        part = share.slice(accumulation_step)
-        posterior_noise, noise = torch.randn(2, share.batch_size, *data.index.latent_shape, generator=draw)
+    def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
+        """Caption tokens and noised image embedding; a dropped embedding is all zeros, as stock pipelines have it."""
         embedding_noise = torch.randn(share.batch_size, embedding_dim, generator=draw)
-        draws = torch.rand(3, share.batch_size, generator=draw)
-        t = timesteps(draws[0], config.num_train_timesteps, config.timestep_sampling)
-        level = timesteps(draws[1], config.max_noise_level + 1, "uniform")
+        draws = torch.rand(2, share.batch_size, generator=draw)
+        level = timesteps(draws[0], config.max_noise_level + 1, "uniform")
         no_caption, no_image = dropped(
-            draws[2], config.caption_dropout, config.image_embedding_dropout, config.joint_dropout
+            draws[1], config.caption_dropout, config.image_embedding_dropout, config.joint_dropout
         )
-        posterior_noise, noise, embedding_noise, t, level, no_caption, no_image = (
-            values[part].to(accelerator.device)
-            for values in (posterior_noise, noise, embedding_noise, t, level, no_caption, no_image)
+        embedding_noise, level, no_caption, no_image = (
+            values[part].to(device) for values in (embedding_noise, level, no_caption, no_image)
         )
-        batch = {name: values.to(accelerator.device) for name, values in batch.items()}
+        tokens = torch.where(no_caption[:, None, None], no_caption_states, batch["hidden_states"].to(device))
+        embeds = batch["image_embeds"].to(device)
+        condition = noised_embedding(embeds, mean, std, level, embedding_alpha_bar, embedding_noise)
+        return {"encoder_hidden_states": tokens, "class_labels": condition.masked_fill(no_image[:, None], 0.0)}
 
-        # Conditions; a dropped image embedding is all zeros, as stock pipelines have it
-        tokens = torch.where(
-            no_caption[:, None, None], no_caption_states.to(accelerator.device), batch["hidden_states"]
-        )
-        condition = noised_embedding(batch["image_embeds"], mean, std, level, embedding_alpha_bar, embedding_noise)
-        condition = condition.masked_fill(no_image[:, None], 0.0)
-
-        with accelerator.accumulate(model):
-            z_0 = batch["latent_mean"] + batch["latent_std"] * posterior_noise
-            z_t = q_sample(z_0, alpha_bar[t], noise).contiguous(memory_format=torch.channels_last)
-            prediction = model(z_t, t, encoder_hidden_states=tokens, class_labels=condition).sample
-            target = prediction_target(config.prediction_type, z_0, alpha_bar[t], noise)
-            weight = None
-            if config.min_snr_gamma is not None:
-                weight = min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma)
-            loss = weighted_mse(prediction, target, weight)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optim.check_finite(loss, norm, step=step, learning_rate=rate)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        tracker.collect(loss=loss)
-        if not accelerator.sync_gradients:
-            continue
-        ema.step(unet.parameters())
-        done = step + 1
-        tracker.step(done, learning_rate=rate)
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
-            tensors = {
-                "model": unet.state_dict(),
-                "ema": optim.ema_tensors(ema, unet),
-                "optimizer": optim.optimizer_tensors(optimizer),
-            }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
-        sampling = config.sample_prompts and (done % training.sample_every == 0 or done == training.max_steps)
-        if accelerator.is_main_process and sampling:
-            with optim.averaged(ema, unet):
-                tracker.pictures(done, samples(config, unet, parts, vae_folder, clip_folder), columns=10)
-
-    # Export: averaged weights
-    if accelerator.is_main_process:
-        ema.copy_to(unet.parameters())
-        unet.save_pretrained(folder / "model" / "unet")
+    def save(unet: nn.Module, folder: Path) -> None:
+        unet.save_pretrained(folder / "unet")
         for name, component in parts.items():
-            component.save_pretrained(folder / "model" / name)
-        tracker.say(f"wrote {folder / 'model'}")
-    tracker.close()
-    accelerator.end_training()
+            component.save_pretrained(folder / name)
+
+    def drawn(unet: nn.Module) -> Tensor | None:
+        return samples(config, unet, parts, vae_folder, clip_folder) if config.sample_prompts else None
+
+    return Task(data, unet, conditions, drawn, save)
+
+
+def in_pixel_space(config: LdmConfig) -> Task:
+    """Images as they are, and a U-Net that is told nothing but the time."""
+    configuration.check_arguments("model", config.model, UNet2DModel)
+    data = Pixels(open_images(config.data, config.seed), config.greyscale)
+    channels, side, _ = data.latent_shape
+    sizes = {
+        "in_channels": channels,
+        "out_channels": 2 * channels if config.variance == "learned_range" else channels,
+        "sample_size": side,
+    }
+    if config.init == "scratch":
+        unet = UNet2DModel(**{**config.model, **sizes})
+    else:
+        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance,
+    )
+
+    def drawn(unet: nn.Module) -> Tensor:
+        """By DDIM in 50 steps, or, where the variance is learned, which DDIM has no use for, by DDPM in 250."""
+        learned = config.variance == "learned_range"
+        pipeline = (DDPMPipeline if learned else DDIMPipeline)(unet, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        draw = generator(config.seed, "samples", 0)
+        steps = min(250 if learned else 50, config.num_train_timesteps)
+        images = pipeline(GRID_IMAGES, generator=draw, num_inference_steps=steps, output_type="np").images
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+        return x.expand(-1, 3, -1, -1)
+
+    def save(unet: nn.Module, folder: Path) -> None:
+        DDPMPipeline(unet, scheduler).save_pretrained(folder)
+
+    return Task(data, unet, lambda *_: {}, drawn, save)
 
 
 def build_unet(

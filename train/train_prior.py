@@ -19,7 +19,7 @@ from ldm.config import PriorConfig
 from ldm.data.captions import as_is
 from ldm.data.latents import CachedLatents
 from ldm.data.order import MicroBatches, global_batch
-from ldm.diffusion.objective import dropped, timesteps, weighted_mse
+from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
@@ -125,7 +125,7 @@ def main() -> None:
                 encoder_hidden_states=batch["hidden_states"],
                 attention_mask=batch["attention_mask"],
             ).predicted_image_embedding
-            loss = weighted_mse(x_0_hat, x_0)
+            loss = squared_error(x_0_hat, x_0).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)

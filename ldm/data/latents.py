@@ -98,6 +98,11 @@ class CachedLatents(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.index.num_images
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.index.latent_shape
+
     def text(self, caption_ids: Tensor) -> dict[str, Tensor]:
         """text_embeds, hidden_states and attention_mask of captions (B,) by number; 0 is the empty caption."""
         batch = {name: values[caption_ids] for name, values in self.captions.items()}

@@ -29,10 +29,9 @@ def min_snr_weight(alpha_bar_t: Tensor, prediction_type: str, gamma: float) -> T
     return weight
 
 
-def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over the batch of each sample's mean squared error, times its weight (B,)."""
-    error = ((prediction.float() - target.float()) ** 2).flatten(1).mean(dim=1)
-    return (error if weight is None else error * weight.to(error)).mean()
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Each sample's mean squared error (B,): L_simple (Ho et al. 2020, equation 14)."""
+    return ((prediction.float() - target.float()) ** 2).flatten(1).mean(dim=1)
 
 
 def dropped(draws: Tensor, caption: float, image: float, both: float) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,11 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     return log_above + torch.log1p(-(log_below - log_above).exp())
 
 
+def gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log N(x; mean, variance) of each element, in nats: the decoder of latents, which know no grey levels."""
+    return -0.5 * ((x - mean) ** 2 * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
+
+
 def log_variance(kind: str, output: Tensor | None, beta_t: Tensor, posterior_variance: Tensor) -> Tensor:
     """log of the variance of p_θ(x_{t-1} | x_t), (B, 1, …) or as `output`.
 
@@ -165,17 +170,24 @@ def variational_bound(
 
 
 def hybrid_loss(
-    output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor, weight: float = 1e-3
+    output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    target: Tensor,
+    t: Tensor,
+    alpha_bar: Tensor,
+    prediction_type: str = "epsilon",
+    weight: float = 1e-3,
 ) -> Tensor:
-    """L_hybrid (B,) = L_simple + λ L_vlb of a network (B, 2C, …) that predicts ε and learns its variance.
+    """L_hybrid (B,) = L_simple + λ L_vlb of a network (B, 2C, …) that predicts `target` and learns its variance.
 
     The bound's gradient reaches the variance alone (Nichol & Dhariwal 2021, equation 16 and §3.1); L_vlb is T times
     its term at t, so that its mean over uniform t is the bound.
     """
     prediction, said = split_output(output, x_0.shape[1], LEARNED)
-    simple = ((prediction - noise) ** 2).flatten(1).mean(dim=1)
+    simple = ((prediction - target) ** 2).flatten(1).mean(dim=1)
     detached = torch.cat([prediction.detach(), said], dim=1)
-    bound = bound_term(detached, x_0, x_t, t, alpha_bar, "epsilon", LEARNED)
+    bound = bound_term(detached, x_0, x_t, t, alpha_bar, prediction_type, LEARNED)
     return simple + weight * len(alpha_bar) * bound
 
 

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm import config as configuration
 from ldm.config import AutoencoderConfig, ClipConfig, LdmConfig
 from ldm.diffusion.embedding_noise import noised_embedding
-from ldm.diffusion.objective import dropped, min_snr_weight, timesteps, weighted_mse
+from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
@@ -139,10 +139,10 @@ def our_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel)
         z_t = q_sample(z_0, alpha_bar[t], noise).contiguous(memory_format=torch.channels_last)
         prediction = model(z_t, t, encoder_hidden_states=tokens, class_labels=condition).sample
         target = prediction_target(config.prediction_type, z_0, alpha_bar[t], noise)
-        weight = None
+        error = squared_error(prediction, target)
         if config.min_snr_gamma is not None:
-            weight = min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma)
-        loss = weighted_mse(prediction, target, weight)
+            error = error * min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma).to(error)
+        loss = error.mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optim.check_finite(loss, norm, step=number, learning_rate=rate)

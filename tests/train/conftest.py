@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,7 @@ def _run(stage: str, arguments: list[str]) -> int:
         sys.argv = before
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
         GradientState._reset_state()
+        torch.backends.cuda.enable_flash_sdp(True)  # which bf16 on a CPU turns off for the whole process
     raise AssertionError("the script ended without an exit code")
 
 

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ldm.diffusion import schedule
 from ldm.diffusion import variational_bound as vb
-from ldm.diffusion.process import at_timestep, before_timestep, q_posterior, q_sample
+from ldm.diffusion.process import at_timestep, before_timestep, prediction_target, q_posterior, q_sample
 
 DOUBLE = torch.float64
 
@@ -130,18 +130,26 @@ def test_learned_variance_lies_between_the_fixed_ones():
         torch.testing.assert_close(ours.exp(), between)
 
 
-def test_hybrid_loss_reaches_the_mean_through_the_simple_loss_alone():
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_hybrid_loss_reaches_the_mean_through_the_simple_loss_alone(kind):
     alpha_bar = schedule.alphas_bar("linear", 50)
     t = torch.tensor([0, 5, 20, 49])
     x_0 = (randn(4, 2, 3, seed=3) / 3).clamp(-1, 1)
     noise = randn(4, 2, 3, seed=4)
     output = randn(4, 4, 3, seed=5).requires_grad_()
     x_t = q_sample(x_0, alpha_bar[t], noise)
-    vb.hybrid_loss(output, x_0, x_t, noise, t, alpha_bar).sum().backward()
+    target = prediction_target(kind, x_0, alpha_bar[t], noise)
+    vb.hybrid_loss(output, x_0, x_t, target, t, alpha_bar, kind).sum().backward()
     alone = output.detach().clone().requires_grad_()
-    ((alone[:, :2] - noise) ** 2).flatten(1).mean(dim=1).sum().backward()
+    ((alone[:, :2] - target) ** 2).flatten(1).mean(dim=1).sum().backward()
     assert torch.equal(output.grad[:, :2], alone.grad[:, :2])
     assert (output.grad[:, 2:].abs() > 0).all()
+
+
+def test_the_decoder_of_latents_is_a_normal_density():
+    x, mean, log_variance = randn(5, seed=1), randn(5, seed=2), randn(5, seed=3)
+    theirs = torch.distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(x)
+    torch.testing.assert_close(vb.gaussian_log_likelihood(x, mean, log_variance), theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_what_cannot_be_is_refused():
