@@ -180,8 +180,8 @@ class LdmConfig(RunConfig):
     clip: str = ""
     """Run of train_clip.py."""
     autoencoder: str = ""
-    """Run of train_autoencoder.py; or `none`: an unconditional DDPM in pixel space, which reads `data` and needs no
-    other run (Ho et al. 2020)."""
+    """Run of train_autoencoder.py; or `none`: DDPM in pixel space, which reads `data` and needs no other run (Ho et al.
+    2020)."""
     prior: str | None = None
     """Run of train_prior.py: with it, sample grids are drawn from text alone."""
     cache: str = ""
@@ -215,6 +215,8 @@ class LdmConfig(RunConfig):
     """Prompts of the sample grids; none draws none. In pixel space grids are drawn without."""
     greyscale: bool = False
     """Whether images in pixel space are grey."""
+    class_conditional: bool = False
+    """Whether the U-Net in pixel space is told the caption, one of few classes; dropped as `caption_dropout` says."""
 
     def __post_init__(self):
         _choose("objective", self.objective, ("simple", "vlb", "hybrid"))
@@ -249,6 +251,12 @@ class LdmConfig(RunConfig):
             "min_snr_gamma",
             self.min_snr_gamma,
             f"null with objective={self.objective}",
+        )
+        _require(
+            self.autoencoder == "none" or not (self.class_conditional or self.greyscale),
+            "class_conditional" if self.class_conditional else "greyscale",
+            True,
+            "false unless autoencoder is none",
         )
         _require(
             self.autoencoder != "none" or not self.sample_prompts,

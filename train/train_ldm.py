@@ -5,10 +5,12 @@
 Rombach et al. 2022 with the decoder's conditions of Ramesh et al. 2022, §2.1, as Stable unCLIP joins them. Leaves
 `<output_dir>/model/{unet,scheduler,image_normalizer,image_noising_scheduler}`.
 
-With `autoencoder=none` (configs/digits/ldm.yaml) it is DDPM: no condition, in pixel space (Ho et al. 2020). Leaves in
-`<output_dir>/model` what stock DDPMPipeline and, where the variance is not learned, DDIMPipeline open.
+With `autoencoder=none` (configs/digits/ldm.yaml) it is DDPM in pixel space, without a condition or with the caption as
+a class (Ho et al. 2020; Ho & Salimans 2022). Leaves in `<output_dir>/model` what stock DDPMPipeline and, where the
+variance is not learned, DDIMPipeline open; with classes, their captions in classes.json.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMPipeline,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -39,6 +40,7 @@ from ldm.data.order import MicroBatches, Share
 from ldm.data.pixels import Pixels
 from ldm.diffusion import importance
 from ldm.diffusion.embedding_noise import noised_embedding
+from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar
@@ -265,14 +267,15 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
 
 
 def in_pixel_space(config: LdmConfig) -> Task:
-    """Images as they are, and a U-Net that is told nothing but the time."""
+    """Images as they are, and a U-Net that is told the time and, if so configured, the caption's class."""
     configuration.check_arguments("model", config.model, UNet2DModel)
-    data = Pixels(open_images(config.data, config.seed), config.greyscale)
+    data = Pixels(open_images(config.data, config.seed), config.greyscale, config.class_conditional)
     channels, side, _ = data.latent_shape
     sizes = {
         "in_channels": channels,
         "out_channels": 2 * channels if config.variance == "learned_range" else channels,
         "sample_size": side,
+        "num_class_embeds": len(data.classes) or None,
     }
     if config.init == "scratch":
         unet = UNet2DModel(**{**config.model, **sizes})
@@ -288,21 +291,37 @@ def in_pixel_space(config: LdmConfig) -> Task:
         variance_type=config.variance,
     )
 
+    def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
+        if not data.classes:
+            return {}
+        is_dropped = torch.rand(share.batch_size, generator=draw)[part] < config.caption_dropout
+        return {"class_labels": batch["class_labels"].masked_fill(is_dropped, 0).to(unet.device)}
+
+    @torch.no_grad()
     def drawn(unet: nn.Module) -> Tensor:
-        """By DDIM in 50 steps, or, where the variance is learned, which DDIM has no use for, by DDPM in 250."""
-        learned = config.variance == "learned_range"
-        pipeline = (DDPMPipeline if learned else DDIMPipeline)(unet, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
+        """By DDPM in 250 steps; class after class, guided, where there are classes."""
         draw = generator(config.seed, "samples", 0)
-        steps = min(250 if learned else 50, config.num_train_timesteps)
-        images = pipeline(GRID_IMAGES, generator=draw, num_inference_steps=steps, output_type="np").images
-        x = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+        x = torch.randn(GRID_IMAGES, *data.latent_shape, generator=draw).to(unet.device)
+        labels = torch.arange(GRID_IMAGES, device=unet.device) % max(1, len(data.classes) - 1) + 1
+        scheduler.set_timesteps(min(250, config.num_train_timesteps), device=unet.device)
+        for t in scheduler.timesteps:
+            if data.classes:
+                without, prediction = (
+                    unet(x, t, class_labels=given).sample for given in (torch.zeros_like(labels), labels)
+                )
+                guided = classifier_free_guidance(without, prediction, config.sample_guidance_scale)
+                prediction = torch.cat([guided[:, :channels], prediction[:, channels:]], dim=1)  # variance: as it is
+            else:
+                prediction = unet(x, t).sample
+            x = scheduler.step(prediction, t, x, generator=draw).prev_sample
         return x.expand(-1, 3, -1, -1)
 
     def save(unet: nn.Module, folder: Path) -> None:
         DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        if data.classes:
+            (folder / "classes.json").write_text(json.dumps(data.classes, indent=2))
 
-    return Task(data, unet, lambda *_: {}, drawn, save)
+    return Task(data, unet, conditions, drawn, save)
 
 
 def build_unet(

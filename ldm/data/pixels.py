@@ -6,16 +6,32 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import CaptionedImages
+from ldm.errors import UserError
+
+MOST_CLASSES = 1000
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Images addressed as (epoch, index), in the shape of a batch of `CachedLatents` without conditions:
-    latent_mean (B, C, S, S) in [-1, 1], latent_std (B, 1, 1, 1) of zeros."""
+    """Images addressed as (epoch, index), in the shape of a batch of `CachedLatents`: latent_mean (B, C, S, S) in
+    [-1, 1], latent_std (B, 1, 1, 1) of zeros. With `class_conditional`, class_labels (B,) int64 too: the number of the
+    canonical caption in `classes`, whose first, "", stands for none."""
 
-    def __init__(self, images: CaptionedImages, greyscale: bool):
+    def __init__(self, images: CaptionedImages, greyscale: bool, class_conditional: bool):
+        """Raises UserError where captions are too many to be classes."""
         self.images, self.greyscale = images, greyscale
         side = images.config.image_size
         self.latent_shape = (1 if greyscale else 3, side, side)
+        self.classes: list[str] = []
+        if class_conditional:
+            captions = [images.captions(index)[0] for index in range(len(images))]
+            self.classes = ["", *sorted(set(captions) - {""})]
+            if len(self.classes) > MOST_CLASSES:
+                raise UserError(
+                    f"class_conditional: {images.config.source} has {len(self.classes) - 1} different captions, of "
+                    f"which at most {MOST_CLASSES - 1} can be classes; train CLIP, and the U-Net on a latent cache"
+                )
+            numbers = {caption: number for number, caption in enumerate(self.classes)}
+            self.labels = torch.tensor([numbers[caption] for caption in captions])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -23,4 +39,7 @@ class Pixels(torch.utils.data.Dataset):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         x = self.images.__getitems__(places)["images"]
         x = x.mean(dim=1, keepdim=True) if self.greyscale else x
-        return {"latent_mean": x, "latent_std": torch.zeros(len(x), 1, 1, 1)}
+        batch = {"latent_mean": x, "latent_std": torch.zeros(len(x), 1, 1, 1)}
+        if self.classes:
+            batch["class_labels"] = self.labels[[index for _, index in places]]
+        return batch

@@ -15,6 +15,7 @@ KINDS = {
     "prior": PriorConfig,
     "ldm": LdmConfig,
     "cache": CacheConfig,
+    **dict.fromkeys(("plain", "denoising", "sparse", "k_sparse", "variational"), AutoencoderConfig),
 }
 
 
