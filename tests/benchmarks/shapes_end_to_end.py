@@ -1,6 +1,6 @@
 """All four stages on drawn scenes, by the README's commands: from nothing to pictures of captions never seen.
 
-    python tests/benchmarks/shapes_end_to_end.py --output FOLDER [--guidance-scale 2]
+    python tests/benchmarks/shapes_end_to_end.py --output FOLDER [--guidance-scale 1.5]
 
 Prints the time of each stage and, of 100 held-out captions, how many pictures show what of them. FOLDER, which must be
 new, gets the runs, the assembled model, report.json and grid.png. tests/test_end_to_end.py holds it to its bar.
@@ -62,7 +62,7 @@ def held_out_captions() -> list[str]:
 def main() -> None:
     parser = ArgumentParser(description="Train every stage on drawn scenes and read the pictures of unseen captions.")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
     arguments = parser.parse_args()
     if arguments.output.exists():
         raise UserError(f"--output {arguments.output}: already in use; name a new folder")
