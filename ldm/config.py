@@ -30,7 +30,8 @@ class DataConfig:
     """Split of a Hub repository or folder; of `shapes`: train, or test (captions never trained on); of `digits`: train,
     or test (every fifth)."""
     image_size: int = 32
-    image_column: str = "image"
+    image_column: str | None = None
+    """Column with the image, or None for the only one that holds images."""
     caption_column: str | None = None
     """Column with the caption, or None where templates write it."""
     caption_templates: list[str] = field(default_factory=list)

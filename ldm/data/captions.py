@@ -108,21 +108,17 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
     if folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt")):
         return _open_text_files(config, seed, folder)
     table = _load_table(config)
-    if config.image_column not in table.column_names:
-        raise UserError(
-            f"data.image_column {config.image_column!r}: {config.source} has no such column; "
-            f"it has {', '.join(table.column_names)}"
-        )
-    caption_of = _caption_reader(config, table)
-    table = table.cast_column(config.image_column, datasets.Image(decode=False))
+    image_column = _image_column(config, table)
+    caption_of = _caption_reader(config, table, image_column)
+    table = table.cast_column(image_column, datasets.Image(decode=False))
     if config.max_images is not None:
         table = table.select(range(min(config.max_images, len(table))))
     if len(table) == 0:
         raise UserError(f"data.source {config.source}: no images there")
-    images = table.select_columns([config.image_column])
+    images = table.select_columns([image_column])
 
     def read_image(index: int) -> Image.Image:
-        stored = images[index][config.image_column]
+        stored = images[index][image_column]
         return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
 
     return CaptionedImages(config, seed, read_image, caption_of, len(table))
@@ -150,8 +146,26 @@ def _load_table(config: DataConfig) -> datasets.Dataset:
         raise UserError(f"data.source {source}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 
-def _caption_reader(config: DataConfig, table: datasets.Dataset) -> Callable[[int], list[str]]:
-    columns = [name for name in table.column_names if name != config.image_column]
+def _image_column(config: DataConfig, table: datasets.Dataset) -> str:
+    """The column named, or the only one of images: of that type, or of {bytes, path} as parquet files have it."""
+    there = f"{config.source} has the columns {', '.join(table.column_names)}"
+    if config.image_column is not None:
+        if config.image_column not in table.column_names:
+            raise UserError(f"data.image_column {config.image_column!r}: no such column; {there}")
+        return config.image_column
+    of_images = [
+        name
+        for name, kind in table.features.items()
+        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+    ]
+    if len(of_images) != 1:
+        found = f"{len(of_images)} columns hold images" if of_images else "no column holds images"
+        raise UserError(f"data.image_column must be set: {found}; {there}")
+    return of_images[0]
+
+
+def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: str) -> Callable[[int], list[str]]:
+    columns = [name for name in table.column_names if name != image_column]
     if config.caption_column is not None:
         if config.caption_column not in columns:
             raise UserError(

@@ -76,9 +76,7 @@ def parquet(pictures):
 
 
 def test_parquet_with_templates_over_class_labels(parquet):
-    config = DataConfig(
-        source=parquet, image_column="picture", image_size=16, caption_templates=["a {label} square", "{label}"]
-    )
+    config = DataConfig(source=parquet, image_size=16, caption_templates=["a {label} square", "{label}"])
     data = open_images(config, 0)
     assert data.captions(0) == ["a red square", "red"]
     epochs = samples(config, epochs=20)
@@ -170,7 +168,7 @@ def test_an_image_that_cannot_be_read_is_named(pictures):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_column": "image"}, "image_column 'image'.*it has picture, label, number"),
+        ({"image_column": "image"}, "image_column 'image': no such column.*has the columns picture, label, number"),
         ({"caption_column": "text"}, "caption_column 'text'.*it has picture, label, number"),
         ({"caption_templates": ["a {lable}"]}, "name 'lable'.*it has picture, label, number"),
         ({"caption_templates": []}, "set caption_column or caption_templates.*label, number"),
@@ -183,6 +181,18 @@ def test_what_cannot_be_used_is_named(parquet, change, said):
     settings = {"source": parquet, "image_column": "picture", "image_size": 16, "caption_templates": ["{label}"]}
     with pytest.raises(UserError, match=said):
         open_images(DataConfig(**settings | change), 0)
+
+
+def test_the_image_column_is_named_where_it_is_not_the_only_one(tmp_path, parquet):
+    table = datasets.load_dataset("parquet", data_files=parquet, split="train")
+    pictures = table.select_columns("picture")
+    datasets.concatenate_datasets([table, pictures.rename_column("picture", "second")], axis=1).to_parquet(
+        tmp_path / "two.parquet"
+    )
+    table.remove_columns("picture").to_parquet(tmp_path / "none.parquet")
+    for name, said in (("two", "2 columns hold images; .*picture, label, number, second"), ("none", "no column holds")):
+        with pytest.raises(UserError, match=f"data.image_column must be set: {said}"):
+            open_images(DataConfig(source=str(tmp_path / f"{name}.parquet"), caption_templates=["{label}"]), 0)
 
 
 def test_folder_without_images(tmp_path):
