@@ -31,6 +31,8 @@ DEFAULT_SETTINGS = {
     "prior_num_inference_steps": 25,
     "prior_guidance_scale": 4.0,
     "num_prior_samples": 2,
+    "guidance_rescale": 0.0,
+    "guidance_interval": (0.0, 1.0),
 }
 
 
@@ -132,12 +134,12 @@ class LatentDiffusionBase(DiffusionPipeline):
     # ---- settings ----------------------------------------------------------------------------------------------------
 
     @property
-    def default_settings(self) -> dict[str, int | float]:
+    def default_settings(self) -> dict[str, int | float | tuple[float, float]]:
         """What `__call__` takes where it is given nothing: this model's own settings over the general ones."""
         return DEFAULT_SETTINGS | self.config.get("_default_settings", {})
 
     @default_settings.setter
-    def default_settings(self, settings: dict[str, int | float]) -> None:
+    def default_settings(self, settings: dict[str, int | float | tuple[float, float]]) -> None:
         """Saved with the model, under a key that stock Diffusers passes over."""
         if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
             raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")

@@ -41,6 +41,21 @@ def check_scale(name: str, value: object) -> float:
     return float(value)
 
 
+def check_share(name: str, value: object) -> float:
+    """A number in 0..1. Raises `UserError` otherwise."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UserError(f"{name} is {value!r}; it must be a number from 0 to 1")
+    return float(value)
+
+
+def check_interval(name: str, value: object) -> tuple[float, float]:
+    """Two numbers in 0..1, the first not the larger. Raises `UserError` otherwise."""
+    good = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(end, Real) for end in value)
+    if not good or not 0 <= value[0] <= value[1] <= 1:
+        raise UserError(f"{name} is {value!r}; it must be two numbers from 0 to 1, the first not the larger")
+    return float(value[0]), float(value[1])
+
+
 def check_size(name: str, value: object, multiple: int) -> int:
     """A number of pixels that the autoencoder's factor `multiple` divides. Raises `UserError` otherwise."""
     check_count(name, value)

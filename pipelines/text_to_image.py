@@ -22,11 +22,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, scale_in_interval
 from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import RunError, UserError
 from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase
-from pipelines.checks import check_count, check_prompt, check_scale, check_shape
+from pipelines.checks import check_count, check_interval, check_prompt, check_scale, check_shape, check_share
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -72,6 +72,8 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         prior_guidance_scale: float | None = None,
         prior_latents: Tensor | None = None,
         num_prior_samples: int | None = None,
+        guidance_rescale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each prompt. Settings left None are `default_settings`.
 
@@ -90,6 +92,9 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         noise_level: 0..T-1, the timestep at which the image embedding is noised before the U-Net reads it.
         num_prior_samples: of so many samples of the prior the one closest to the text is kept (`best_of`). The further
             ones are drawn from generators derived from `generator`, which therefore draws the same in either case.
+        guidance_rescale: 0..1, how far the guided prediction's standard deviation is brought back (`rescale_guidance`).
+        guidance_interval: guidance only where √(1 - ᾱ_t), the share of noise, lies between these two numbers
+            (`scale_in_interval`); elsewhere the U-Net runs once a step, not twice.
 
         Raises `UserError` for input that cannot be used and `RunError` if the result is not finite.
         """
@@ -97,6 +102,10 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         settings = self.default_settings
         num_inference_steps = _given(num_inference_steps, settings["num_inference_steps"])
         self._guidance_scale = check_scale("guidance_scale", _given(guidance_scale, settings["guidance_scale"]))
+        guidance_rescale = _given(guidance_rescale, settings["guidance_rescale"])
+        guidance_interval = _given(guidance_interval, settings["guidance_interval"])
+        check_share("guidance_rescale", guidance_rescale)
+        guidance_interval = check_interval("guidance_interval", guidance_interval)
         _check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         check_count("num_images_per_prompt", num_images_per_prompt)
         height, width = self._image_size(height, width)
@@ -146,17 +155,26 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         step_options = _step_options(self.scheduler, generator, eta)
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            scale = self._guidance_scale
+            if guidance_interval != (0.0, 1.0):
+                noise_share = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt().item()
+                scale = scale_in_interval(scale, noise_share, guidance_interval)
+            twice = guided and scale != 1
+            seen = slice(None) if twice or not guided else slice(batch, None)  # the conditional half alone
+            model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if twice else latents, t)
             prediction = self.unet(
                 model_input,
                 t,
-                encoder_hidden_states=prompt_embeds,
-                class_labels=image_embeds,
+                encoder_hidden_states=prompt_embeds[seen],
+                class_labels=None if image_embeds is None else image_embeds[seen],
                 cross_attention_kwargs=cross_attention_kwargs,
                 return_dict=False,
             )[0]
-            if guided:
-                prediction = classifier_free_guidance(*prediction.chunk(2), self._guidance_scale)
+            if twice:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = classifier_free_guidance(unconditional, conditional, scale)
+                if guidance_rescale:
+                    prediction = rescale_guidance(prediction, conditional, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **step_options, return_dict=False)[0]
 
             if callback_on_step_end is not None:

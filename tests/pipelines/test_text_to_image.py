@@ -83,6 +83,27 @@ def test_scale_1_ignores_the_negative_prompt(pipe):
     assert np.array_equal(draw(pipe, guidance_scale=1.0), draw(pipe, guidance_scale=1.0, negative_prompt="two dogs"))
 
 
+def test_guidance_in_an_interval_runs_the_network_twice_there_alone(pipe):
+    batches = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 4}
+    whole, never = draw(pipe, **settings), draw(pipe, **settings | {"guidance_scale": 1.0})
+    assert np.array_equal(draw(pipe, **settings, guidance_interval=(0.0, 1.0)), whole)
+    assert np.abs(draw(pipe, **settings, guidance_interval=(0.0, 0.0)) - never).max() < 1e-5
+    batches.clear()
+    levels = (1 - pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]).sqrt()
+    part = draw(pipe, **settings, guidance_interval=(0.0, levels[1].item()))
+    hook.remove()
+    assert batches == [1, 2, 2, 2]
+    assert np.abs(part - whole).max() > 1e-4 and np.abs(part - never).max() > 1e-4
+
+
+def test_rescaled_guidance_is_tamer(pipe):
+    settings = {"guidance_scale": 30.0, "output_type": "latent"}
+    spread = [draw(pipe, **settings, guidance_rescale=share).std() for share in (0.0, 0.5, 1.0)]
+    assert spread[0] > spread[1] > spread[2]
+
+
 def test_tokens_and_image_embeddings_stand_in_for_the_text(pipe):
     from_text = draw(pipe, noise_level=0, guidance_scale=2.0)
     generator = seeded()
@@ -161,7 +182,10 @@ def test_saved_and_opened_is_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "model")
     again.set_progress_bar_config(disable=True)
-    assert np.array_equal(draw(pipe), draw(again))
+    for name in ("unet", "vae", "prior", "text_encoder"):
+        once, weights = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+        assert once.keys() == weights.keys() and all(torch.equal(once[key], weights[key]) for key in once)
+    assert np.abs(draw(pipe) - draw(again)).max() < 1e-5  # where weights lie in memory decides their sums' rounding
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "model/model_index.json").read_text() == (tmp_path / "again/model_index.json").read_text()
     assert str(tmp_path) not in (tmp_path / "again/model_index.json").read_text()
@@ -227,6 +251,9 @@ def test_components_are_the_arguments(pipe):
         ({"guidance_scale": -1}, "guidance_scale is -1"),
         ({"prior_guidance_scale": float("nan")}, "prior_guidance_scale is nan"),
         ({"num_prior_samples": 0}, "num_prior_samples is 0"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be a number from 0 to 1"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval is (0.5, 0.2); it must be two numbers from 0 to 1"),
+        ({"guidance_interval": 0.5}, "guidance_interval is 0.5"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"height": 17}, "height is 17; it must be a multiple of the autoencoder's factor 2; the nearest is 16"),
         ({"width": 0}, "width is 0"),
