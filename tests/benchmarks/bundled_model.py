@@ -184,7 +184,7 @@ def main() -> None:
     print(
         f"the judge reads {json.loads(cifar10_classifier.RECORD.read_text())['test_accuracy']:.2%} of real test images"
     )
-    print("settings: " + ", ".join(f"{name} {value:g}" for name, value in report["settings"].items()))
+    print("settings: " + ", ".join(f"{name} {value}" for name, value in report["settings"].items()))
     print(table(report))
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
