@@ -88,6 +88,14 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """What --resume permits."""
+
+    allow: list[str] = field(default_factory=list)
+    """Keys that may differ from those the run was started with, such as [training.max_steps]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every training script has."""
 
@@ -97,6 +105,7 @@ class RunConfig:
     """`scratch`, or the run folder, component folder or Hub repository whose weights training starts from."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +354,18 @@ def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) ->
 def save(config: Any, path: Path) -> None:
     """Writes a configuration as YAML that `load` reads back to an equal one."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations of one class whose values differ, dots descending: the two values of each."""
+    found = {}
+    for item in dataclasses.fields(before):
+        name, values = prefix + item.name, (getattr(before, item.name), getattr(after, item.name))
+        if dataclasses.is_dataclass(values[0]):
+            found |= differences(*values, f"{name}.")
+        elif values[0] != values[1]:
+            found[name] = values
+    return found
 
 
 def check_arguments(section: str, arguments: dict[str, Any], build: type) -> None:

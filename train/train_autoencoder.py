@@ -33,6 +33,7 @@ from ldm.data.order import MicroBatches, global_batch
 from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
 from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
@@ -106,6 +107,7 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+    interruption = Interruption(accelerator)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -163,7 +165,9 @@ def main() -> None:
         if done % training.sample_every == 0 or done == training.max_steps:
             with optim.averaged(ema, autoencoder):
                 tracker.pictures(done, reconstructions(autoencoder, data, accelerator.device), columns=GRID_IMAGES // 2)
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+        stopped_by = interruption.requested()
+        due = done % training.checkpoint_every == 0 or done == training.max_steps
+        if accelerator.is_main_process and (due or stopped_by):
             tensors = {
                 "model": autoencoder.state_dict(),
                 "ema": optim.ema_tensors(ema, autoencoder),
@@ -172,6 +176,9 @@ def main() -> None:
                 "discriminator_optimizer": optim.optimizer_tensors(discriminator_optimizer),
             }
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+        if stopped_by:
+            tracker.close()
+            interruption.stop(stopped_by, done)
 
     # Export: averaged weights
     if accelerator.is_main_process:
@@ -185,6 +192,7 @@ def main() -> None:
         autoencoder.save_pretrained(exported)
         tracker.say(f"wrote {exported}")
     tracker.close()
+    interruption.close()
     accelerator.end_training()
 
 

@@ -24,6 +24,7 @@ from ldm.data.order import MicroBatches
 from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
 from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
@@ -90,6 +91,7 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+    interruption = Interruption(accelerator)
     augmentation = {
         "least_area": config.random_crop,
         "jitter": config.colour_jitter,
@@ -152,13 +154,18 @@ def main() -> None:
         if done % training.sample_every == 0 or done == training.max_steps:
             with optim.averaged(ema, model):
                 tracker.pictures(done, retrieved(model, tokenizer, data, accelerator.device), columns=9)
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+        stopped_by = interruption.requested()
+        due = done % training.checkpoint_every == 0 or done == training.max_steps
+        if accelerator.is_main_process and (due or stopped_by):
             tensors = {
                 "model": model.state_dict(),
                 "ema": optim.ema_tensors(ema, model),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+        if stopped_by:
+            tracker.close()
+            interruption.stop(stopped_by, done)
 
     # Export: averaged weights as transformers' towers
     if accelerator.is_main_process:
@@ -166,6 +173,7 @@ def main() -> None:
         export.save(clip, tokenizer, folder / "model")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
+    interruption.close()
     accelerator.end_training()
 
 

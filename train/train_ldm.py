@@ -53,6 +53,7 @@ from ldm.diffusion.variational_bound import (
 from ldm.errors import exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
 from ldm.training.tracking import Tracker
 from pipelines import LatentDiffusionPipeline
@@ -98,6 +99,7 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+    interruption = Interruption(accelerator)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -143,7 +145,14 @@ def main() -> None:
         ema.step(unet.parameters())
         done = step + 1
         tracker.step(done, learning_rate=rate)
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+        if accelerator.is_main_process and (done % training.sample_every == 0 or done == training.max_steps):
+            with optim.averaged(ema, unet):
+                images = task.samples(unet)
+            if images is not None:
+                tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
+        stopped_by = interruption.requested()
+        due = done % training.checkpoint_every == 0 or done == training.max_steps
+        if accelerator.is_main_process and (due or stopped_by):
             tensors = {
                 "model": unet.state_dict(),
                 "ema": optim.ema_tensors(ema, unet),
@@ -152,11 +161,9 @@ def main() -> None:
             if config.timestep_sampling == "importance":
                 tensors["importance"] = {"history": history}
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
-        if accelerator.is_main_process and (done % training.sample_every == 0 or done == training.max_steps):
-            with optim.averaged(ema, unet):
-                images = task.samples(unet)
-            if images is not None:
-                tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
+        if stopped_by:
+            tracker.close()
+            interruption.stop(stopped_by, done)
 
     # Export: averaged weights
     if accelerator.is_main_process:
@@ -164,6 +171,7 @@ def main() -> None:
         task.save(unet, folder / "model")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
+    interruption.close()
     accelerator.end_training()
 
 

@@ -25,6 +25,7 @@ from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
+from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
 from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
@@ -98,6 +99,7 @@ def main() -> None:
     no_text = data.text(torch.zeros(1, dtype=torch.long))
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
+    interruption = Interruption(accelerator)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -142,13 +144,18 @@ def main() -> None:
         if done % training.sample_every == 0 or done == training.max_steps:
             with optim.averaged(ema, prior):
                 tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or done == training.max_steps):
+        stopped_by = interruption.requested()
+        due = done % training.checkpoint_every == 0 or done == training.max_steps
+        if accelerator.is_main_process and (due or stopped_by):
             tensors = {
                 "model": prior.state_dict(),
                 "ema": optim.ema_tensors(ema, prior),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+        if stopped_by:
+            tracker.close()
+            interruption.stop(stopped_by, done)
 
     # Export: averaged weights
     if accelerator.is_main_process:
@@ -157,6 +164,7 @@ def main() -> None:
         scheduler.save_pretrained(folder / "model" / "prior_scheduler")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
+    interruption.close()
     accelerator.end_training()
 
 

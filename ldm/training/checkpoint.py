@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ldm.errors import RunError
+
 Tensors = dict[str, torch.Tensor]
+ROOM_TO_SPARE = 2**20  # bytes beyond the tensors, for the rest
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,47 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN and then removes all but the newest `keep` checkpoints."""
+    """Writes `folder`/step-NNNNNN, reads it back, and only then removes all but the newest `keep` checkpoints.
+
+    Raises:
+        RunError: no room, or the disk failed; checkpoints written before are as they were.
+    """
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, checkpoint)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write(temporary, checkpoint)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(folder)
+        if not _is_whole(final):
+            raise OSError(None, "what was written is not what is read back")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"checkpoint {final} could not be written: {reason}; earlier ones are intact: make room, or free the "
+            "folder for writing, and go on with --resume"
+        ) from None
+    for old in _by_age(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _check_room(folder: Path, checkpoint: Checkpoint) -> None:
+    needed = sum(
+        value.numel() * value.element_size() for tensors in checkpoint.tensors.values() for value in tensors.values()
+    )
+    free = shutil.disk_usage(folder).free
+    if free < needed + ROOM_TO_SPARE:
+        raise OSError(None, f"it takes {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
+
+
+def _write(temporary: Path, checkpoint: Checkpoint) -> None:
+    """All files of a checkpoint, on disk when this returns."""
+    temporary.mkdir()
     for name, tensors in checkpoint.tensors.items():
         # Clones, because safetensors refuses tensors that share memory, as tied weights and views do.
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
@@ -48,12 +88,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         path.chmod(readable)  # safetensors writes 0600, which other users cannot read
         _flush(path)
     _flush(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _flush(folder)
-    for old in _by_age(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def newest(folder: Path) -> Path | None:

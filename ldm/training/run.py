@@ -1,5 +1,6 @@
 """A run folder and its processes: begun fresh, or resumed from the newest whole checkpoint."""
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,14 @@ from ldm.errors import UserError
 from ldm.training import checkpoint, precision
 from ldm.training.checkpoint import Checkpoint
 
+FREE_ON_RESUME = {
+    "output_dir",
+    "resume.allow",
+    "data.num_workers",
+    *(f"training.{name}" for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
+}
+"""Keys of which the trained weights are no function."""
+
 
 def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoint | None]:
     """Checks the run folder, which is not touched yet.
@@ -22,7 +31,8 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
     Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from.
 
     Raises:
-        UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume.
+        UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume, or is not the
+            run it was.
     """
     folder = Path(config.output_dir)
     if not resume:
@@ -30,6 +40,8 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
     newest = checkpoint.newest(folder / "checkpoints") if resume else None
     if resume and newest is None:
         raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
+    if resume:
+        check_unchanged(config, folder / "config.yaml")
     accelerator = Accelerator(
         mixed_precision=precision.resolve(config.training.precision),
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
@@ -48,17 +60,46 @@ def claim(config: RunConfig, accelerator: Accelerator) -> Path:
     mistake leaves no folder behind.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or another process is training there.
     """
     folder = Path(config.output_dir)
     accelerator.wait_for_everyone()  # before the folder exists, all have checked it
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
             configuration.save(config, folder / "config.yaml")
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     return folder
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other processes out of `folder` until this one ends, however it ends: the system lets go of the lock."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 32).decode() or "unknown"
+        raise UserError(
+            f"output_dir {folder} is being trained by process {owner}; wait for it to end, or choose another"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+
+
+def check_unchanged(config: RunConfig, stored: Path) -> None:
+    """Raises UserError where a resumed run would go on as another one than `stored`, its config.yaml, says."""
+    if not stored.is_file():
+        return
+    changed = configuration.differences(configuration.load(type(config), stored), config)
+    refused = {name: values for name, values in changed.items() if name not in {*FREE_ON_RESUME, *config.resume.allow}}
+    if refused:
+        told = "; ".join(f"{name} was {before}, is {after}" for name, (before, after) in refused.items())
+        raise UserError(
+            f"--resume: not the run of {stored}: {told}; give it as it was, or allow the change with "
+            f"resume.allow=[{','.join(refused)}]"
+        )
 
 
 def check_unused(folder: Path, remedy: str) -> None:

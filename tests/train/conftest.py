@@ -1,6 +1,7 @@
 """The training scripts, small and in this process: what they leave is shared by the tests of this folder."""
 
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,7 @@ def _arguments(stage: str, runs: Path, output: Path, *further: str) -> list[str]
 
 def _run(stage: str, arguments: list[str]) -> int:
     before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(ROOT / "train" / f"{SCRIPT[stage]}.py"), *arguments]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -93,6 +95,8 @@ def _run(stage: str, arguments: list[str]) -> int:
         return stop.code
     finally:
         sys.argv = before
+        for number, action in handlers.items():
+            signal.signal(number, action)
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
         GradientState._reset_state()
         torch.backends.cuda.enable_flash_sdp(True)  # which bf16 on a CPU turns off for the whole process

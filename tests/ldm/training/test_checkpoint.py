@@ -1,10 +1,13 @@
 """Checkpoints: what is written is read back, damage is seen, the newest whole one is found."""
 
 import os
+import resource
+import signal
 
 import pytest
 import torch
 
+from ldm.errors import RunError
 from ldm.training import checkpoint
 from ldm.training.checkpoint import Checkpoint
 
@@ -68,3 +71,31 @@ def test_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o644"}
+
+
+def test_a_full_disk_leaves_the_earlier_ones_alone(tmp_path):
+    """The system refuses files of more than 100 bytes, as it would refuse any on a full disk."""
+    checkpoint.save(tmp_path, make(1), keep=1)
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"step-000002 could not be written: .*earlier ones are intact"):
+            checkpoint.save(tmp_path, make(2), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, action)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert checkpoint.newest(tmp_path).name == "step-000001"
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ROOM_TO_SPARE", 2**62)
+    with pytest.raises(RunError, match=r"could not be written: it takes 0 MiB, and [\d,]+ MiB are free"):
+        checkpoint.save(tmp_path, make(2), keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_told_in_words(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(RunError, match="could not be written: File exists"):
+        checkpoint.save(tmp_path / "checkpoints", make(1), keep=1)
