@@ -28,7 +28,8 @@ FREE_ON_RESUME = {
 def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoint | None]:
     """Checks the run folder, which is not touched yet.
 
-    Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from.
+    Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from,
+    None to begin.
 
     Raises:
         UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume, or is not the
@@ -38,7 +39,8 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
     if not resume:
         check_unused(folder, "add --resume to continue it, or choose another")
     newest = checkpoint.newest(folder / "checkpoints") if resume else None
-    if resume and newest is None:
+    started = (folder / "config.yaml").is_file() and not any((folder / "checkpoints").glob("step-*"))
+    if resume and newest is None and not started:  # a run that ended before its first checkpoint begins again
         raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
     if resume:
         check_unchanged(config, folder / "config.yaml")

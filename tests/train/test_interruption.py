@@ -93,6 +93,15 @@ def test_a_killed_run_resumes_to_the_same_weights(whole, runs, arguments_of, tmp
     assert_same_weights(whole, tmp_path / "run")
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, runs, arguments_of, run_script, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert run_script("prior", arguments_of("prior", runs, tmp_path / "run", *STEPS, "--resume")) == 0
+    metrics = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, tmp_path / "run")]
+    assert [json.loads(line)["step"] for line in metrics[0]] == [json.loads(line)["step"] for line in metrics[1]]
+
+
 def test_one_run_a_folder(runs, arguments_of, fails, tmp_path):
     arguments = arguments_of("prior", runs, tmp_path / "run", "training.max_steps=5000")
     process = start(arguments)

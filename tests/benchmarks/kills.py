@@ -1,0 +1,99 @@
+"""A run that is killed again and again, and resumed, ends as one that was not: bit by bit.
+
+    python tests/benchmarks/kills.py [--kills 20] [--steps 200] [--seed 0]
+
+Trains a small DDPM of handwritten digits twice: undisturbed, and with `kill -9` at random moments, in the middle of
+steps and of checkpoints. Prints where each kill came, and whether weights, averages and optimiser are the same.
+"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ldm.errors import RunError, exit_code_of
+from pipelines.arguments import ArgumentParser
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "model.block_out_channels=[16,32]",
+    "model.norm_num_groups=8",
+    "training.batch_size=16",
+    "training.log_every=1",
+    "training.sample_every=1000000",
+    "training.checkpoint_every=3",
+]
+GIVE_UP = 120  # seconds for one start, and for the steps after it
+
+
+def start(output: Path, steps: int, *further: str) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train" / "train_ldm.py", "--config", ROOT / "configs" / "digits" / "ldm.yaml"]
+    arguments = [f"output_dir={output}", f"training.max_steps={steps}", *SMALL, *further]
+    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def logged(output: Path) -> int:
+    """Steps done, as metrics.jsonl has it."""
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def finish(process: subprocess.Popen) -> None:
+    if process.wait():
+        raise RunError(f"training ended with exit code {process.returncode}: {process.stderr.read().splitlines()[-1]}")
+
+
+def kill_within(process: subprocess.Popen, output: Path, delay: float) -> bool:
+    """Kills the run `delay` seconds after its first further step; false where it ended before."""
+    before, begin = logged(output), time.monotonic()
+    while logged(output) <= before and process.poll() is None and time.monotonic() - begin < GIVE_UP:
+        time.sleep(0.01)
+    time.sleep(delay)
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Kill a run many times; it must end as an undisturbed one.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, disturbed = Path(folder) / "undisturbed", Path(folder) / "disturbed"
+        begin = time.monotonic()
+        finish(start(undisturbed, arguments.steps))
+        pace = (time.monotonic() - begin) / arguments.steps
+        further: list[str] = []
+        kills = []
+        for _ in tqdm(range(arguments.kills), unit=" kills"):
+            # On average a kill comes after a share of the steps, so that all of them find a run that is going
+            delay = moments.uniform(0, 1.5 * pace * arguments.steps / arguments.kills)
+            if not kill_within(start(disturbed, arguments.steps, *further), disturbed, delay):
+                break
+            kills.append(logged(disturbed))
+            further = ["--resume"] if (disturbed / "config.yaml").is_file() else []
+        if not (disturbed / "model").exists():
+            finish(start(disturbed, arguments.steps, *further))
+        print(f"{len(kills)} kills, after steps {', '.join(map(str, kills))}")
+        checkpoint = f"checkpoints/step-{arguments.steps:06d}"
+        for name in ("model", "ema", "optimizer"):
+            one, two = (load_file(run / checkpoint / f"{name}.safetensors") for run in (undisturbed, disturbed))
+            different = [key for key in one if not torch.equal(one[key], two[key])]
+            print(f"{name}: {len(one) - len(different)} of {len(one)} tensors bit-identical")
+            if different:
+                raise RunError(f"{name} differs, first in {different[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
