@@ -43,10 +43,13 @@ class DataConfig:
     """Mirror half of the images. Leave off where captions name sides."""
     max_images: int | None = None
     """Read only so many; the length of the series with `shapes`."""
+    max_bad_fraction: float = 0.05
+    """Images that cannot be decoded are skipped and named; more than this share of all stops the run."""
     num_workers: int = 0
 
     def __post_init__(self):
         _require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
+        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
         _require(self.max_images is None or self.max_images > 0, "data.max_images", self.max_images, "> 0")
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from ldm import config as configuration
 from ldm.clip import export
 from ldm.clip.tokenizer import encode
 from ldm.config import CacheConfig
-from ldm.data.captions import CaptionedImages, open_images, to_float
+from ldm.data.captions import open_images, to_float
 from ldm.data.latents import SHARD_SIZE, CacheIndex, weights_digest, write_index
 from ldm.errors import RunError, UserError, exit_code_of
 from ldm.training import precision, run
@@ -53,19 +54,33 @@ def main() -> None:
     shards = list(enumerate(range(0, len(data), SHARD_SIZE)))[accelerator.process_index :: accelerator.num_processes]
     with tqdm(total=len(data), unit=" images", disable=not accelerator.is_main_process) as bar:
         for number, first in shards:
-            parts = []
+            parts, kept = [], []
             for start in range(first, min(first + SHARD_SIZE, len(data)), config.batch_size):
                 indices = range(start, min(start + config.batch_size, first + SHARD_SIZE, len(data)))
-                with accelerator.autocast():
-                    parts.append(encode_images(vae, clip, data, indices, accelerator.device))
+                pixels = {index: values for index in indices if (values := data.decoded(index)) is not None}
+                if pixels:
+                    x = to_float(np.stack(list(pixels.values())))
+                    with accelerator.autocast():
+                        parts.append(encode_images(vae, clip, x, config.data.horizontal_flip, accelerator.device))
+                    check_finite(parts[-1], indices)
+                kept += pixels
                 bar.update(len(indices) * accelerator.num_processes)
+            if not kept:
+                continue
             shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            shard["indices"] = torch.tensor(kept)
             save_file(shard, folder / f"images-{number:05d}.safetensors")
 
-    # Captions, each different one once; number 0 is the empty caption
+    # Captions of the images that were written, each different one once; number 0 is the empty caption
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        kept = []
+        for path in sorted(folder.glob("images-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                kept += file.get_tensor("indices").tolist()
+                latent_shape = tuple(file.get_slice("latent_mean").get_shape()[2:])
         numbers = {"": 0}
-        choices = [[numbers.setdefault(c, len(numbers)) for c in data.captions(index)] for index in range(len(data))]
+        choices = [[numbers.setdefault(c, len(numbers)) for c in data.captions(index)] for index in kept]
         texts = list(numbers)
         parts = [encode_captions(clip, texts[i : i + 256], accelerator.device) for i in range(0, len(texts), 256)]
         table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -74,24 +89,24 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         index = CacheIndex(
-            num_images=len(data),
+            num_images=len(kept),
             image_size=config.data.image_size,
             horizontal_flip=config.data.horizontal_flip,
-            latent_shape=tuple(shard["latent_mean"].shape[2:]),
+            latent_shape=latent_shape,
             autoencoder=weights_digest(vae_folder),
             text_encoder=weights_digest(clip_folder / "text_encoder"),
             image_encoder=weights_digest(clip_folder / "image_encoder"),
         )
         write_index(folder, index)
-        print(f"wrote {folder}: {len(data)} images, {len(texts) - 1} different captions")
+        skipped = f", {len(data) - len(kept)} skipped" if len(kept) < len(data) else ""
+        print(f"wrote {folder}: {len(kept)} images{skipped}, {len(texts) - 1} different captions")
 
 
 def encode_images(
-    vae: AutoencoderKL, clip: export.ClipTowers, data: CaptionedImages, indices: range, device: torch.device
+    vae: AutoencoderKL, clip: export.ClipTowers, x: torch.Tensor, both_flips: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """latent_mean, latent_std (n, F, C, h, w), times scaling_factor, and image_embeds (n, F, D)."""
-    x = to_float(np.stack([data.pixels(index) for index in indices]))
-    views = torch.stack([x, x.flip(-1)] if data.config.horizontal_flip else [x], dim=1).to(device)
+    """latent_mean, latent_std (n, F, C, h, w), times scaling_factor, and image_embeds (n, F, D), of x (n, 3, S, S)."""
+    views = torch.stack([x, x.flip(-1)] if both_flips else [x], dim=1).to(device)
     images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(images).latent_dist
     encoded = {
@@ -99,10 +114,14 @@ def encode_images(
         "latent_std": (posterior.std.float() * vae.config.scaling_factor).half(),
         "image_embeds": clip.image_encoder(pixel_values=images).image_embeds.float(),
     }
+    return {name: values.unflatten(0, views.shape[:2]).cpu() for name, values in encoded.items()}
+
+
+def check_finite(encoded: dict[str, torch.Tensor], indices: range) -> None:
+    """Raises RunError where an encoder gave what is no number."""
     for name, values in encoded.items():
         if not torch.isfinite(values).all():
             raise RunError(f"{name} of images {indices.start} … {indices.stop - 1} is not finite; set precision=fp32")
-    return {name: values.unflatten(0, views.shape[:2]).cpu() for name, values in encoded.items()}
 
 
 def encode_captions(clip: export.ClipTowers, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:

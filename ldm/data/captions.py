@@ -1,8 +1,8 @@
 """Captioned images from a Hub repository, a folder, parquet files, scikit-learn's digits, or `ldm.data.shapes`."""
 
-import io
 import re
 import string
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import datasets
 import numpy as np
 import torch
 from datasets import ClassLabel
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.data import shapes
+from ldm.data.decode import open_picture, to_square
 from ldm.errors import RunError, UserError
 from ldm.training import randomness
 
@@ -42,6 +44,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         pixels = 3 * config.image_size**2
         self._pixels = np.zeros((length, pixels), np.uint8) if length * pixels <= _MEMORY_LIMIT else None
         self._is_read = np.zeros(length, bool)
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return self.length
@@ -60,8 +63,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         if self._pixels is not None and self._is_read[index]:
             return self._pixels[index].reshape(3, size, size)
         try:
-            image = _to_square(self._read_image(index), size)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
+            image = to_square(self._read_image(index), size)
+        except Exception as error:  # damaged files make decoders raise anything
             raise RunError(f"image {index} of {self.config.source} cannot be decoded: {error}") from None
         values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         if self._pixels is not None:
@@ -69,18 +72,42 @@ class CaptionedImages(torch.utils.data.Dataset):
             self._is_read[index] = True
         return values
 
+    def decoded(self, index: int) -> np.ndarray | None:
+        """`pixels` of sample `index`, or None where it cannot be decoded, which is told on standard error once.
+
+        Raises:
+            RunError: more than data.max_bad_fraction of all samples cannot, or none can.
+        """
+        if index in self._unreadable:
+            return None
+        try:
+            return self.pixels(index)
+        except RunError as error:
+            self._unreadable.add(index)
+            tqdm.write(f"warning: {error}; skipped", file=sys.stderr)
+        bad, allowed = len(self._unreadable), self.config.max_bad_fraction
+        if bad > allowed * len(self) or bad == len(self):
+            raise RunError(
+                f"{bad} of the {len(self)} images of {self.config.source} cannot be decoded, more than "
+                f"data.max_bad_fraction {allowed:g} allows; mend them, or raise it"
+            )
+        return None
+
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        images, captions = [], []
+        """The samples at `places`; the next that can be decoded stands in for one that cannot."""
+        images, captions, indices = [], [], []
         for epoch, index in places:
+            while (pixels := self.decoded(index)) is None:
+                index = (index + 1) % len(self)
+            indices.append(index)
             draw = randomness.key(self.seed, "augmentation", epoch, index)
-            pixels = self.pixels(index)
             images.append(pixels[:, :, ::-1] if self.config.horizontal_flip and draw % 2 else pixels)
             choices = self.captions(index)
             captions.append(choices[draw // 2 % len(choices)])
         return {
             "images": to_float(np.stack(images)),
             "captions": captions,
-            "indices": torch.tensor([index for _, index in places]),
+            "indices": torch.tensor(indices),
         }
 
 
@@ -119,7 +146,7 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
 
     def read_image(index: int) -> Image.Image:
         stored = images[index][image_column]
-        return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+        return open_picture(stored["bytes"] if stored["bytes"] is not None else stored["path"])
 
     return CaptionedImages(config, seed, read_image, caption_of, len(table))
 
@@ -230,7 +257,7 @@ def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedIm
     return CaptionedImages(
         config,
         seed,
-        lambda index: Image.open(paths[index]),
+        lambda index: open_picture(str(paths[index])),
         lambda index: [paths[index].with_suffix(".txt").read_text().strip()],
         len(paths),
     )
@@ -272,13 +299,3 @@ def _open_digits(config: DataConfig, seed: int) -> CaptionedImages:
         lambda index: [f"the digit {digits.target[numbers[index]]}"],
         len(numbers),
     )
-
-
-def _to_square(image: Image.Image, size: int) -> Image.Image:
-    """Upright RGB of size × size: the shorter side scaled, the middle kept; transparency becomes white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    image = image.convert("RGB")
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -1,7 +1,8 @@
 """The latent cache: what the frozen encoders say of every image and caption, written once by cache_latents.py.
 
     index.json                what it was made of; written last, so a cache without one is not finished
-    images-00000.safetensors  latent_mean, latent_std (n, F, C, h, w) float16, scaled; image_embeds (n, F, D)
+    images-00000.safetensors  latent_mean, latent_std (n, F, C, h, w) float16, scaled; image_embeds (n, F, D); indices
+                              (n,), the places in the data: images that cannot be decoded are left out
     captions.safetensors      text_embeds (U, D), hidden_states (U, L, D_t), attention_mask (U, L), caption_ids (N, K)
 
 F is 2 with horizontal flips (as is, mirrored), else 1. U counts different captions; number 0 is the empty one, which

@@ -1,6 +1,9 @@
 """Captioned images from every source: what a sample is, what is random about it, and what is refused."""
 
+import dataclasses
 import json
+import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.captions import fill_template, open_images
+from ldm.data.decode import open_picture
 from ldm.errors import RunError, UserError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -138,6 +142,10 @@ def test_every_kind_of_picture_becomes_upright_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3
     turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.full((9, 9), 51 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("P", (9, 9), 1).save(tmp_path / "palette.png")
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ((0, 0, 255), (255, 0, 0))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     for path in list(tmp_path.iterdir()):
         path.with_suffix(".txt").write_text(path.stem)
     (batch,) = samples(DataConfig(source=str(tmp_path), image_size=8))
@@ -145,6 +153,8 @@ def test_every_kind_of_picture_becomes_upright_rgb(tmp_path):
     assert all(image.shape == (3, 8, 8) for image in images.values())
     assert torch.all(images["clear"] == 1)  # what is transparent becomes white
     assert torch.allclose(images["grey"], torch.full((3, 8, 8), 51 / 127.5 - 1))
+    assert torch.allclose(images["deep"], images["grey"])
+    assert images["moving"][2].mean() > 0.9 and images["moving"][:2].max() < -0.9  # the first frame
     assert images["print"][0].mean() > 0.8 and images["print"][1:].mean() < -0.8
     assert images["turned"][:, 0].mean() < -0.9 and images["turned"][:, -1].mean() > 0.9
 
@@ -156,13 +166,48 @@ def test_shapes_train_and_test_share_no_caption():
     assert np.array_equal(train.pixels(7), open_images(DataConfig(max_images=300), 5).pixels(7))
 
 
-def test_an_image_that_cannot_be_read_is_named(pictures):
+@pytest.fixture
+def damaged(pictures):
+    """Three pictures, of which the second is cut off after 40 bytes."""
     for name in COLOURS:
         (pictures / f"{name}.txt").write_text(name)
     (pictures / "green.png").write_bytes((pictures / "green.png").read_bytes()[:40])
-    data = open_images(DataConfig(source=str(pictures), image_size=16), 0)
+    return DataConfig(source=str(pictures), image_size=16, max_bad_fraction=0.4)
+
+
+def test_an_image_that_cannot_be_read_is_named_once_and_passed_over(damaged, capsys):
+    data = open_images(damaged, 0)
     with pytest.raises(RunError, match=r"image 1 of .*pictures"):
         data.pixels(1)
+    for _ in range(2):
+        batch = data.__getitems__([(0, 0), (0, 1), (0, 2)])
+        assert batch["indices"].tolist() == [0, 2, 2]
+        assert batch["captions"] == [data.captions(0)[0], data.captions(2)[0], data.captions(2)[0]]
+        assert torch.equal(batch["images"][1], batch["images"][2])
+    assert capsys.readouterr().err.count("warning: image 1 of") == 1
+
+
+def test_too_many_of_them_stop_the_run(damaged):
+    data = open_images(dataclasses.replace(damaged, max_bad_fraction=0.1), 0)
+    with pytest.raises(
+        RunError, match=r"1 of the 3 images of .* cannot be decoded, more than data.max_bad_fraction 0.1"
+    ):
+        data.__getitems__([(0, 1)])
+    for name in COLOURS:
+        (Path(damaged.source) / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(RunError, match="3 of the 3 images"):
+        open_images(dataclasses.replace(damaged, max_bad_fraction=1.0), 0).__getitems__([(0, 0)])
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "bomb.txt").write_text("words")
+    with pytest.raises(RunError, match=r"image 0 of .* cannot be decoded"):
+        open_images(DataConfig(source=str(tmp_path)), 0).pixels(0)
+    with pytest.raises(ValueError, match="12000 × 10000 pixels are more than 89,478,485"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, of the same
+        Image.new("1", (12_000, 10_000)).save(tmp_path / "large.png")
+        open_picture(str(tmp_path / "large.png"))
 
 
 @pytest.mark.parametrize(
