@@ -80,6 +80,11 @@ def _parser() -> ArgumentParser:
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
 
+    plotting = commands.add_parser("plot", help="draw a run's curves")
+    plotting.add_argument("run", metavar="RUN", help="run folder of a training script")
+    plotting.add_argument("--output", metavar="FILE", help="the picture; default: RUN/curves.png")
+    plotting.set_defaults(command=plot)
+
     drawings = commands.add_parser("figures", help="redraw the figures of the source documents")
     drawings.add_argument("--output", metavar="FOLDER", required=True, help="where the PNG files go")
     drawings.add_argument(
@@ -138,6 +143,19 @@ def join(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     _be_quiet()
     print(assemble(**stages, output=arguments.output))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """`ldm plot`: draws metrics.jsonl, prints the picture's path."""
+    run = Path(arguments.run).expanduser()
+    output = run / "curves.png" if arguments.output is None else Path(arguments.output).expanduser()
+    if not run.is_dir():
+        raise UserError(f"RUN '{run}' is not a folder; name the output_dir of a run")
+    (output,) = _picture_paths(output, 1)
+    from ldm.evaluation.curves import curves
+
+    curves(run).savefig(output, dpi=110)
+    print(output)
 
 
 def figures(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,63 @@
+"""The curves of a run, from its metrics.jsonl: one panel a metric, over steps."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ldm.errors import UserError
+
+COLUMNS = 3
+SMOOTHED_OVER = 20
+"""Values on each side of the running mean that is drawn over noisy curves."""
+
+
+def read_metrics(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Metric to its steps and values, in the order in which metrics first appear; a torn last line is passed over.
+
+    Raises:
+        UserError: no metrics there.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the output_dir of a run")
+    metrics: dict[str, tuple[list[float], list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        step = row.pop("step")
+        for name, value in row.items():
+            steps, values = metrics.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    if not metrics:
+        raise UserError(f"{path}: holds no metrics yet")
+    return metrics
+
+
+def running_mean(values: list[float], reach: int) -> list[float]:
+    """The mean of each value and up to `reach` on either side."""
+    return [sum(part) / len(part) for part in (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))]
+
+
+def curves(run: Path) -> Figure:
+    """All metrics of a run; those of many values with a running mean, those of one as a point."""
+    matplotlib.use("Agg")
+    metrics = read_metrics(run)
+    rows = -(-len(metrics) // COLUMNS)
+    figure = Figure((4.2 * COLUMNS, 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for (name, (steps, values)), axes in zip(metrics.items(), panels, strict=False):
+        many = len(values) > 4 * SMOOTHED_OVER
+        axes.plot(steps, values, "." if len(values) == 1 else "-", color="C0", alpha=0.35 if many else 1, linewidth=1)
+        if many:
+            axes.plot(steps, running_mean(values, SMOOTHED_OVER), color="C0")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    for axes in panels:  # those that are left
+        axes.set_visible(False)
+    figure.suptitle(str(run))
+    return figure
