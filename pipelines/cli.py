@@ -80,6 +80,11 @@ def _parser() -> ArgumentParser:
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
 
+    checking = commands.add_parser("data-check", help="look a data set over before training on it")
+    checking.add_argument("source", metavar="SOURCE", help="a folder, a parquet file, or a repository of the Hub")
+    checking.add_argument("--split", default="train", help="of a folder or repository; default: train")
+    checking.set_defaults(command=data_check)
+
     plotting = commands.add_parser("plot", help="draw a run's curves")
     plotting.add_argument("run", metavar="RUN", help="run folder of a training script")
     plotting.add_argument("--output", metavar="FILE", help="the picture; default: RUN/curves.png")
@@ -143,6 +148,14 @@ def join(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     _be_quiet()
     print(assemble(**stages, output=arguments.output))
+
+
+def data_check(arguments: argparse.Namespace) -> None:
+    """`ldm data-check`: prints what a data set holds, and the `data` section that reads it."""
+    from ldm.data.check import findings
+
+    for line in findings(arguments.source, arguments.split):
+        print(line, flush=True)
 
 
 def plot(arguments: argparse.Namespace) -> None:

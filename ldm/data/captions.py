@@ -53,6 +53,10 @@ class CaptionedImages(torch.utils.data.Dataset):
         """Every caption of sample `index`; the first is the canonical one."""
         return self._read_captions(index)
 
+    def open(self, index: int) -> Image.Image:
+        """The picture of sample `index` as it is stored; only its header is read yet."""
+        return self._read_image(index)
+
     def pixels(self, index: int) -> np.ndarray:
         """Sample `index` as uint8 (3, S, S), not flipped.
 
@@ -63,7 +67,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         if self._pixels is not None and self._is_read[index]:
             return self._pixels[index].reshape(3, size, size)
         try:
-            image = to_square(self._read_image(index), size)
+            image = to_square(self.open(index), size)
         except Exception as error:  # damaged files make decoders raise anything
             raise RunError(f"image {index} of {self.config.source} cannot be decoded: {error}") from None
         values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -131,11 +135,10 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
         return _open_shapes(config, seed)
     if config.source == "digits":
         return _open_digits(config, seed)
-    folder = Path(config.source)
-    if folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt")):
-        return _open_text_files(config, seed, folder)
-    table = _load_table(config)
-    image_column = _image_column(config, table)
+    if is_folder_of_text_files(config.source):
+        return _open_text_files(config, seed, Path(config.source))
+    table = load_table(config)
+    image_column = image_column_of(config, table)
     caption_of = _caption_reader(config, table, image_column)
     table = table.cast_column(image_column, datasets.Image(decode=False))
     if config.max_images is not None:
@@ -151,7 +154,14 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
     return CaptionedImages(config, seed, read_image, caption_of, len(table))
 
 
-def _load_table(config: DataConfig) -> datasets.Dataset:
+def is_folder_of_text_files(source: str) -> bool:
+    """Whether captions lie in a .txt file beside each image."""
+    folder = Path(source)
+    return folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt"))
+
+
+def load_table(config: DataConfig) -> datasets.Dataset:
+    """The table of a parquet file, a folder with metadata or a Hub repository. Raises UserError where there is none."""
     source = config.source
     try:
         if source.endswith(".parquet"):
@@ -173,7 +183,7 @@ def _load_table(config: DataConfig) -> datasets.Dataset:
         raise UserError(f"data.source {source}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 
-def _image_column(config: DataConfig, table: datasets.Dataset) -> str:
+def image_column_of(config: DataConfig, table: datasets.Dataset) -> str:
     """The column named, or the only one of images: of that type, or of {bytes, path} as parquet files have it."""
     there = f"{config.source} has the columns {', '.join(table.column_names)}"
     if config.image_column is not None:

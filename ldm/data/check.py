@@ -1,0 +1,101 @@
+"""What a data set holds, before anything is trained on it: `ldm data-check`."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import datasets
+from tqdm import tqdm
+
+from ldm.clip.tokenizer import clip_tokenizer
+from ldm.config import DataConfig
+from ldm.data.captions import (
+    CaptionedImages,
+    image_column_of,
+    is_folder_of_text_files,
+    load_table,
+    open_images,
+)
+from ldm.errors import RunError
+
+CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
+ROWS = 3
+NAMED = 5
+CONTEXT_LENGTH = 77
+
+
+def findings(source: str, split: str) -> Iterator[str]:
+    """Line by line: the columns, the `data` section that reads them, three rows, images that cannot be decoded, and
+    captions that CLIP's tokenizer would cut.
+
+    Raises:
+        UserError: no such source, or nothing in it that holds images or captions.
+    """
+    config = DataConfig(source=source, split=split, image_size=32, max_bad_fraction=1.0)
+    if not is_folder_of_text_files(source) and source not in ("shapes", "digits"):
+        table = load_table(config)
+        yield f"{len(table):,} rows, columns: " + ", ".join(f"{n} ({_kind(f)})" for n, f in table.features.items())
+        config = proposed(config, table)
+    data = open_images(config, seed=0)
+    yield "data:"
+    for name in ("source", "split", "image_column", "caption_column", "caption_templates"):
+        if value := getattr(config, name):
+            yield f"  {name}: {value}"
+    for index in range(min(ROWS, len(data))):
+        yield f"row {index}: {_size(data, index)}, {data.captions(index)[0]!r}"
+    yield from _unreadable(data)
+    yield from _too_long(data)
+
+
+def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
+    """`config` with the image column, and the caption column that its name or its texts' length speaks for; without
+    any text, a template over a class label."""
+    image = image_column_of(config, table)
+    texts = [name for name, feature in table.features.items() if _kind(feature) == "string" and name != image]
+    named = [name for name in CAPTION_NAMES if name in texts]
+    if texts:
+        first = table.select(range(min(100, len(table))))
+        longest = max(texts, key=lambda name: sum(len(str(text)) for text in first[name]))
+        return dataclasses.replace(config, image_column=image, caption_column=named[0] if named else longest)
+    labels = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    templates = [f"a photo of a {{{labels[0]}}}"] if labels else []
+    return dataclasses.replace(config, image_column=image, caption_templates=templates)
+
+
+def _kind(feature: object) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return f"label of {feature.num_classes}"
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+        return "image"
+    return str(getattr(feature, "dtype", None) or "list")
+
+
+def _size(data: CaptionedImages, index: int) -> str:
+    try:
+        image = data.open(index)
+        return f"{image.width} × {image.height} {image.mode}"
+    except Exception as error:  # damaged files make decoders raise anything
+        return f"cannot be decoded: {error}"
+
+
+def _unreadable(data: CaptionedImages) -> Iterator[str]:
+    bad = []
+    for index in tqdm(range(len(data)), desc="decoding", unit=" images", leave=False):
+        try:
+            data.pixels(index)
+        except RunError as error:
+            bad.append(str(error))
+    yield f"{len(bad)} of {len(data):,} images cannot be decoded"
+    yield from (f"  {error}" for error in bad[:NAMED])
+    if len(bad) > NAMED:
+        yield f"  … and {len(bad) - NAMED} more"
+
+
+def _too_long(data: CaptionedImages) -> Iterator[str]:
+    tokenizer = clip_tokenizer(CONTEXT_LENGTH)
+    captions = list(dict.fromkeys(caption for index in range(len(data)) for caption in data.captions(index)))
+    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
+    cut = sum(length > CONTEXT_LENGTH for length in lengths)
+    yield (
+        f"{len(captions):,} different captions, at most {max(lengths)} of CLIP's tokens long; {cut} are longer than "
+        f"its context of {CONTEXT_LENGTH} and would be cut"
+    )
