@@ -234,80 +234,37 @@ class LdmConfig(RunConfig):
     def __post_init__(self):
         _choose("objective", self.objective, ("simple", "vlb", "hybrid"))
         _choose("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
-        learned = self.variance == "learned_range"
-        _require(
-            not learned or self.autoencoder == "none",
-            "variance",
-            self.variance,
-            "fixed unless autoencoder is none: stock text-to-image pipelines know no learned variance",
-        )
-        _require(
-            learned == (self.objective == "hybrid") or self.objective == "vlb",
-            "variance",
-            self.variance,
-            "learned_range with objective=hybrid, and fixed with objective=simple",
-        )
-        _require(
-            self.timestep_sampling != "importance" or self.objective == "vlb",
-            "timestep_sampling",
-            self.timestep_sampling,
-            "uniform or logit_normal unless objective is vlb",
-        )
-        _require(
-            self.objective == "simple" or self.timestep_sampling != "logit_normal",
-            "timestep_sampling",
-            self.timestep_sampling,
-            "uniform or importance with objective=vlb or hybrid, whose mean is over uniform timesteps",
-        )
-        _require(
-            self.objective == "simple" or self.min_snr_gamma is None,
-            "min_snr_gamma",
-            self.min_snr_gamma,
-            f"null with objective={self.objective}",
-        )
-        _require(
-            self.autoencoder == "none" or not (self.class_conditional or self.greyscale),
-            "class_conditional" if self.class_conditional else "greyscale",
-            True,
-            "false unless autoencoder is none",
-        )
-        _require(
-            self.autoencoder != "none" or not self.sample_prompts,
-            "sample_prompts",
-            self.sample_prompts,
-            "empty in pixel space, which is drawn without a prompt",
-        )
-        _require(
-            not self.sample_prompts or self.prior is not None,
-            "sample_prompts",
-            self.sample_prompts,
-            "empty unless prior names a run of train_prior.py",
-        )
         _choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
         _choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
-        _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
-        _require(
-            0 <= self.image_embedding_dropout < 1,
-            "image_embedding_dropout",
-            self.image_embedding_dropout,
-            "in [0, 1)",
-        )
-        _require(
-            0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout),
-            "joint_dropout",
-            self.joint_dropout,
-            "at most caption_dropout and image_embedding_dropout",
-        )
-        _require(
-            self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "> 0 or null"
-        )
-        _require(
-            0 <= self.max_noise_level < self.num_train_timesteps,
-            "max_noise_level",
-            self.max_noise_level,
-            f"in [0, {self.num_train_timesteps})",
-        )
+        in_pixels, simple = self.autoencoder == "none", self.objective == "simple"
+        learned, sampling = self.variance == "learned_range", self.timestep_sampling
+        least_dropout = min(self.caption_dropout, self.image_embedding_dropout)
+        for holds, name, allowed in (
+            (in_pixels or not learned, "variance", "fixed unless autoencoder is none: stock text-to-image pipelines "
+             "know no learned variance"),
+            (learned == (self.objective == "hybrid") or self.objective == "vlb", "variance",
+             "learned_range with objective=hybrid, and fixed with objective=simple"),
+            (sampling != "importance" or self.objective == "vlb", "timestep_sampling",
+             "uniform or logit_normal unless objective is vlb"),
+            (simple or sampling != "logit_normal", "timestep_sampling",
+             "uniform or importance with objective=vlb or hybrid, whose mean is over uniform timesteps"),
+            (simple or self.min_snr_gamma is None, "min_snr_gamma", f"null with objective={self.objective}"),
+            (self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", "> 0 or null"),
+            (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
+            (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
+            (not in_pixels or not self.sample_prompts, "sample_prompts",
+             "empty in pixel space, which is drawn without a prompt"),
+            (not self.sample_prompts or self.prior is not None, "sample_prompts",
+             "empty unless prior names a run of train_prior.py"),
+            (0 <= self.caption_dropout < 1, "caption_dropout", "in [0, 1)"),
+            (0 <= self.image_embedding_dropout < 1, "image_embedding_dropout", "in [0, 1)"),
+            (0 <= self.joint_dropout <= least_dropout, "joint_dropout",
+             "at most caption_dropout and image_embedding_dropout"),
+            (0 <= self.max_noise_level < self.num_train_timesteps, "max_noise_level",
+             f"in [0, {self.num_train_timesteps})"),
+        ):  # fmt: skip
+            _require(holds, name, getattr(self, name), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
