@@ -21,6 +21,10 @@ COMPONENTS = {
 }
 """What each stage gives, with the class that usually sits there: it tells which files to expect."""
 
+IMAGE_TOWER = ("image_encoder", "image_processor")
+"""CLIP's other half, copied beside the pipeline where the run has it: what reads images, and what a cache of further
+training is made with. Stock pipelines pass over the folders."""
+
 FLOAT_DTYPES = ("float16", "float32")
 
 
@@ -162,6 +166,9 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
         image_noising_scheduler=_scheduler(folders["image_noising_scheduler"]),
     )
     pipeline.save_pretrained(output)
+    for name in IMAGE_TOWER:
+        if (source := folders["text_encoder"].parent / name).is_dir():
+            shutil.copytree(source, output / name)
     _forget_paths(output)
     # Only the files are converted. The text towers' configs keep saying float32, since Transformers computes in what
     # its config says and Diffusers in float32: stock would mix the two.

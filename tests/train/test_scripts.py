@@ -110,6 +110,15 @@ def test_the_runs_assemble_into_a_pipeline_that_draws(runs, tmp_path):
     (image,) = pipeline("a small red circle on the left", num_inference_steps=2, prior_num_inference_steps=2).images
     assert image.size == (32, 32)
 
+    # CLIP's image tower lies beside the pipeline, for image variations and further training
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    embeds = [
+        CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)(x).image_embeds
+        for folder in (tmp_path / "model", runs / "clip" / "model")
+    ]
+    torch.testing.assert_close(*embeds, atol=2e-2, rtol=0)  # half precision
+    assert (tmp_path / "model" / "image_processor" / "preprocessor_config.json").is_file()
+
 
 def test_clip_that_learns_nothing_says_so(runs, arguments_of, run_script, tmp_path, capfd):
     slow = ["training.learning_rate=1e-9", "training.max_steps=100", "image_image_weight=0", "training.warmup_steps=0"]
