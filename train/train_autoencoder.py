@@ -142,7 +142,7 @@ def main() -> None:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optim.check_finite(loss, norm, step=step, learning_rate=rate)
+                optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
             optimizer.step()
             optimizer.zero_grad()
 

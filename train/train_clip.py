@@ -128,7 +128,7 @@ def main() -> None:
             loss = loss + config.image_image_weight * pair_loss
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm)
-        optim.check_finite(loss, norm, step=step, learning_rate=rate)
+        optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
         optimizer.step()
         optimizer.zero_grad()
         clamp_temperature(clip)

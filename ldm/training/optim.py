@@ -88,11 +88,25 @@ def averaged(ema: EMAModel, model: torch.nn.Module) -> Iterator[None]:
         model.train()
 
 
-def check_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
-    """Raises RunError, before the update, where the loss or the gradients' norm is not a finite number."""
-    for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
-        if not torch.isfinite(value):
-            raise RunError(
-                f"step {step}: the {name} is {float(value)} at learning rate {learning_rate:.2e}; the last checkpoint "
-                "is intact: resume it with a lower training.learning_rate or with training.precision=fp32"
-            )
+def check_finite(
+    loss: torch.Tensor,
+    gradient_norm: torch.Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Raises RunError, before the update, where the loss or the gradients' norm is not a finite number.
+
+    With fp16's `scaler` an infinite norm is an overflow: the scaler skips the update and lowers its scale, and only a
+    scale below 1 says that no scale helps.
+    """
+    faults = [(name, value) for name, value in (("loss", loss), ("gradient norm", gradient_norm))
+              if not torch.isfinite(value)]  # fmt: skip
+    if faults and faults[0][0] == "gradient norm" and scaler is not None and scaler.get_scale() >= 1:
+        return
+    for name, value in faults:
+        raise RunError(
+            f"step {step}: the {name} is {float(value)} at learning rate {learning_rate:.2e}; the last checkpoint "
+            "is intact: resume it with a lower training.learning_rate or with training.precision=fp32"
+        )
