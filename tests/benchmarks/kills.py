@@ -35,7 +35,8 @@ GIVE_UP = 120  # seconds for one start, and for the steps after it
 def start(output: Path, steps: int, *further: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train" / "train_ldm.py", "--config", ROOT / "configs" / "digits" / "ldm.yaml"]
     arguments = [f"output_dir={output}", f"training.max_steps={steps}", *SMALL, *further]
-    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+    with output.with_suffix(".log").open("a") as log:
+        return subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
 
 
 def logged(output: Path) -> int:
@@ -44,9 +45,10 @@ def logged(output: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen, output: Path) -> None:
     if process.wait():
-        raise RunError(f"training ended with exit code {process.returncode}: {process.stderr.read().splitlines()[-1]}")
+        last = output.with_suffix(".log").read_text().splitlines()[-1]
+        raise RunError(f"training ended with exit code {process.returncode}: {last}")
 
 
 def kill_within(process: subprocess.Popen, output: Path, delay: float) -> bool:
@@ -72,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         undisturbed, disturbed = Path(folder) / "undisturbed", Path(folder) / "disturbed"
         begin = time.monotonic()
-        finish(start(undisturbed, arguments.steps))
+        finish(start(undisturbed, arguments.steps), undisturbed)
         pace = (time.monotonic() - begin) / arguments.steps
         further: list[str] = []
         kills = []
@@ -84,7 +86,7 @@ def main() -> None:
             kills.append(logged(disturbed))
             further = ["--resume"] if (disturbed / "config.yaml").is_file() else []
         if not (disturbed / "model").exists():
-            finish(start(disturbed, arguments.steps, *further))
+            finish(start(disturbed, arguments.steps, *further), disturbed)
         print(f"{len(kills)} kills, after steps {', '.join(map(str, kills))}")
         checkpoint = f"checkpoints/step-{arguments.steps:06d}"
         for name in ("model", "ema", "optimizer"):

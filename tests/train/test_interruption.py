@@ -31,10 +31,10 @@ def whole(runs, arguments_of, run_script, tmp_path_factory):
     return output
 
 
-def start(arguments, launcher=()):
-    return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+def start(folder, arguments, launcher=()):
+    """The script as a process of its own; what it says goes to a file, as a pipe nobody reads would fill and block."""
+    with (folder / "said").open("w") as log:
+        return subprocess.Popen([sys.executable, *launcher, SCRIPT, *arguments], env=ENVIRONMENT, stderr=log)
 
 
 def wait_for_step(folder, step, process):
@@ -43,7 +43,7 @@ def wait_for_step(folder, step, process):
         path = folder / "metrics.jsonl"
         if path.is_file() and path.read_text().count("\n") >= step:
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, (folder.parent / "said").read_text()
         time.sleep(0.1)
     raise AssertionError(f"step {step} was not reached")
 
@@ -58,26 +58,26 @@ def assert_same_weights(one, two):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_a_checkpoint(whole, runs, arguments_of, run_script, tmp_path, number, code):
     arguments = arguments_of("prior", runs, tmp_path / "run", *STEPS)
-    process = start(arguments)
+    process = start(tmp_path, arguments)
     wait_for_step(tmp_path / "run", 10, process)
     process.send_signal(number)
     assert process.wait(timeout=30) == code
-    said = process.stderr.read()
-    step = int(re.search(rf"stopped: {number.name} after step (\d+), which is saved; go on with --resume", said)[1])
+    words = rf"stopped: {number.name} after step (\d+), which is saved; go on with --resume"
+    step = int(re.search(words, (tmp_path / "said").read_text())[1])
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}").is_dir()
     assert not (tmp_path / "run" / "model").exists()
-    resumed = start([*arguments, "--resume"])
+    resumed = start(tmp_path, [*arguments, "--resume"])
     assert resumed.wait(timeout=120) == 0
     assert_same_weights(whole, tmp_path / "run")
 
 
 def test_a_signal_ends_every_process_of_a_group(runs, arguments_of, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    process = start(arguments_of("prior", runs, tmp_path / "run", "training.max_steps=5000"), launcher)
+    process = start(tmp_path, arguments_of("prior", runs, tmp_path / "run", "training.max_steps=5000"), launcher)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) != 0
-    assert "stopped: SIGTERM after step" in process.stderr.read()
+    assert "stopped: SIGTERM after step" in (tmp_path / "said").read_text()
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     steps = [int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(steps) == last
@@ -85,11 +85,11 @@ def test_a_signal_ends_every_process_of_a_group(runs, arguments_of, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_weights(whole, runs, arguments_of, tmp_path):
     arguments = arguments_of("prior", runs, tmp_path / "run", *STEPS)
-    process = start(arguments)
+    process = start(tmp_path, arguments)
     wait_for_step(tmp_path / "run", 20, process)
     process.kill()
     process.wait()
-    assert start([*arguments, "--resume"]).wait(timeout=120) == 0
+    assert start(tmp_path, [*arguments, "--resume"]).wait(timeout=120) == 0
     assert_same_weights(whole, tmp_path / "run")
 
 
@@ -104,7 +104,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, runs, a
 
 def test_one_run_a_folder(runs, arguments_of, fails, tmp_path):
     arguments = arguments_of("prior", runs, tmp_path / "run", "training.max_steps=5000")
-    process = start(arguments)
+    process = start(tmp_path, arguments)
     try:
         wait_for_step(tmp_path / "run", 4, process)
         line = fails("prior", [*arguments, "--resume"])
