@@ -188,7 +188,7 @@ def test_the_assembled_folder_is_small_and_readable_and_draws_as_its_stages(mode
     ours = pipe("a cat", generator=torch.Generator().manual_seed(0), num_prior_samples=1, **settings).images
     assert np.abs(theirs - ours).max() < 0.05  # weights rounded to float16
     weights = list(model.glob("*/*.safetensors"))
-    assert len(weights) == 6
+    assert len(weights) == 7  # those of six components, and CLIP's image tower beside them
     for file in weights:
         with safe_open(file, framework="pt") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
