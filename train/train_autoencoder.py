@@ -39,7 +39,7 @@ from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
 
 GRID_IMAGES = 16
-TEST_IMAGES = 10_000
+TEST_IMAGES = 2_000
 CLASSES = {
     "kl": AutoencoderKL,
     "plain": Autoencoder,

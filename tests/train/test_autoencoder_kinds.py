@@ -76,7 +76,8 @@ def test_goes_on_from_trained_weights(digits, run_script, tmp_path):
 
 
 def test_colour_images_and_convolutions(run_script, tmp_path):
-    colour = ["data.source=shapes", "data.image_size=16", "greyscale=false", "model.architecture=convolutional",
+    colour = ["data.source=shapes", "data.image_size=16", "test_split=null", "greyscale=false",
+              "model.architecture=convolutional",
               "model.hidden_sizes=[4,8]", "model.likelihood=learned_gaussian", "model.binarise=false"]  # fmt: skip
     assert run_script("autoencoder", arguments("variational", tmp_path / "run", *colour)) == 0
     model = VariationalAutoencoder.from_pretrained(tmp_path / "run" / "model" / "autoencoder")
