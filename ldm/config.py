@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where captioned images come from. Images reach every network as (3, image_size, image_size) in [-1, 1]."""
+    """Where captioned images come from. Images are read as (3, image_size, image_size) in [-1, 1]."""
 
     source: str = "shapes"
     """`shapes`, `digits` (scikit-learn's), a folder of images, a parquet file or glob, or a Hub repository."""
@@ -116,8 +116,8 @@ class AutoencoderConfig(RunConfig):
     """train_autoencoder.py: L1 + perceptual + KL, PatchGAN after a delay (Rombach et al. 2022, §3.1, appendix G)."""
 
     kind: str = "kl"
-    """`kl`, the first stage of latent diffusion, to which the keys below belong; or an autoencoder of codes that are
-    vectors, `plain`, `denoising`, `sparse`, `k_sparse` or `variational`, which has keys in `model` alone."""
+    """`kl`, the first stage of latent diffusion; or an autoencoder of codes that are vectors, `plain`, `denoising`,
+    `sparse`, `k_sparse` or `variational`, whose keys are `model`, `greyscale` and `test_split`."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers' AutoencoderKL, or of the class of `kind` in `ldm.autoencoders`."""
     kl_weight: float = 1e-6

@@ -102,10 +102,10 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         settings = self.default_settings
         num_inference_steps = _given(num_inference_steps, settings["num_inference_steps"])
         self._guidance_scale = check_scale("guidance_scale", _given(guidance_scale, settings["guidance_scale"]))
-        guidance_rescale = _given(guidance_rescale, settings["guidance_rescale"])
-        guidance_interval = _given(guidance_interval, settings["guidance_interval"])
-        check_share("guidance_rescale", guidance_rescale)
-        guidance_interval = check_interval("guidance_interval", guidance_interval)
+        guidance_rescale = check_share("guidance_rescale", _given(guidance_rescale, settings["guidance_rescale"]))
+        guidance_interval = check_interval(
+            "guidance_interval", _given(guidance_interval, settings["guidance_interval"])
+        )
         _check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         check_count("num_images_per_prompt", num_images_per_prompt)
         height, width = self._image_size(height, width)

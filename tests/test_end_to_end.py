@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "benchmarks" / "shapes_end_to_end.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the benchmark leaves: the runs, the assembled model, and how many of 100 pictures show what."""
+    """What the benchmark leaves: the runs, the assembled model, and what percentage of pictures show what."""
     output = tmp_path_factory.mktemp("shapes") / "output"
     subprocess.run([sys.executable, SCRIPT, "--output", output], check=True)
     return output

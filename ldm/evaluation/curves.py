@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from ldm.errors import UserError
@@ -45,7 +44,6 @@ def running_mean(values: list[float], reach: int) -> list[float]:
 
 def curves(run: Path) -> Figure:
     """All metrics of a run; those of many values with a running mean, those of one as a point."""
-    matplotlib.use("Agg")
     metrics = read_metrics(run)
     rows = -(-len(metrics) // COLUMNS)
     figure = Figure((4.2 * COLUMNS, 2.8 * rows), layout="constrained")

@@ -6,7 +6,6 @@ Those of trained models read the run folders that `TRAINED_BY` names; where one 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from diffusers import (
@@ -55,7 +54,6 @@ SAMPLERS: dict[str, tuple[Callable, int]] = {
 
 def draw_all(output: Path, runs: Path) -> Iterator[tuple[Path | None, str]]:
     """Draws figure after figure into `output`; yields each one's path and name, or None and why it is left out."""
-    matplotlib.use("Agg")
     output.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[], Figure]] = {
         "sparsity_kl": sparsity_kl,

@@ -90,15 +90,6 @@ def test_resumed_run_equals_the_uninterrupted_one(digits, run_script, tmp_path, 
     assert all(value.isfinite().float().mean() > 0.9 for value in kept.values())
 
 
-def test_importance_sampling_leaves_the_loss_unbiased(digits):
-    """Weighted by 1 / (T p_t), losses of the run stay those of uniform sampling, about the bound at the start."""
-    losses = {
-        name: [json.loads(line)["loss"] for line in (digits / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("importance",)
-    }["importance"]
-    assert max(losses) < 10 * sorted(losses)[len(losses) // 2]
-
-
 def test_the_bound_of_latents(runs, arguments_of, run_script, tmp_path):
     extra = ["objective=vlb", "min_snr_gamma=null", "sample_prompts=[]"]
     assert run_script("ldm", arguments_of("ldm", runs, tmp_path / "run", *extra)) == 0
