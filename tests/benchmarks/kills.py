@@ -51,11 +51,18 @@ def finish(process: subprocess.Popen, output: Path) -> None:
         raise RunError(f"training ended with exit code {process.returncode}: {last}")
 
 
-def kill_within(process: subprocess.Popen, output: Path, delay: float) -> bool:
-    """Kills the run `delay` seconds after its first further step; false where it ended before."""
-    before, begin = logged(output), time.monotonic()
-    while logged(output) <= before and process.poll() is None and time.monotonic() - begin < GIVE_UP:
+def wait_for_metrics(process: subprocess.Popen, output: Path) -> None:
+    """Until the run writes metrics.jsonl, which a resumed one does before its first step, or has ended."""
+    path, begin = output / "metrics.jsonl", time.time()
+    while process.poll() is None and time.time() - begin < GIVE_UP:
+        if path.is_file() and path.stat().st_mtime > begin:
+            return
         time.sleep(0.01)
+
+
+def kill_within(process: subprocess.Popen, output: Path, delay: float) -> bool:
+    """Kills the run `delay` seconds after it begins to log; false where it ended before."""
+    wait_for_metrics(process, output)
     time.sleep(delay)
     if process.poll() is not None:
         return False
@@ -73,14 +80,16 @@ def main() -> None:
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed, disturbed = Path(folder) / "undisturbed", Path(folder) / "disturbed"
+        process = start(undisturbed, arguments.steps)
+        wait_for_metrics(process, undisturbed)
         begin = time.monotonic()
-        finish(start(undisturbed, arguments.steps), undisturbed)
-        pace = (time.monotonic() - begin) / arguments.steps
+        finish(process, undisturbed)
+        pace = (time.monotonic() - begin) / arguments.steps  # seconds a step, without the start
         further: list[str] = []
         kills = []
         for _ in tqdm(range(arguments.kills), unit=" kills"):
-            # On average a kill comes after a share of the steps, so that all of them find a run that is going
-            delay = moments.uniform(0, 1.5 * pace * arguments.steps / arguments.kills)
+            # Short of its share of the steps on average, so that every kill finds a run that is going
+            delay = moments.uniform(0, pace * arguments.steps / arguments.kills)
             if not kill_within(start(disturbed, arguments.steps, *further), disturbed, delay):
                 break
             kills.append(logged(disturbed))
