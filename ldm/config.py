@@ -70,9 +70,23 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
+    average_lengths: list[float] = field(default_factory=list)
+    """In train_ldm.py, lengths of power-function averages that are kept beside, such as [0.05, 0.1]: from their snapshots
+    `ldm average` makes one of any length once training is over (Karras et al. 2024)."""
+    snapshot_every: int = 500
+    """Steps between the snapshots of those averages."""
+    optimizer: str = "adamw"
+    """`adamw`, or `adamw_8bit`, bitsandbytes' with 8-bit moments."""
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware multiplies it fast, else fp32."""
     compile: bool = False
+    """Compile the network's repeated blocks: a minute or more, then faster steps."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    find_micro_batch: bool = False
+    """Try one step before training, and double the accumulation steps until it fits in the memory."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that the run is logged to as well."""
     log_every: int = 10
     sample_every: int = 500
     checkpoint_every: int = 500
@@ -81,11 +95,14 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "snapshot_every"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
+        for length in self.average_lengths:
+            _require(0 < length <= 0.28, "training.average_lengths", length, "in (0, 0.28]")
+        _choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
         _choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
 
@@ -207,6 +224,9 @@ class LdmConfig(RunConfig):
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    """Whether the last timestep is noise and nothing else, as sampling starts (Lin et al. 2024), so that very bright and
+    very dark images can be drawn; not for `epsilon`, which then says nothing of the image."""
     objective: str = "simple"
     """`simple`, the squared error (Ho et al. 2020, equation 14); `vlb`, the variational bound; or `hybrid`, both, the
     bound for the variance alone (Nichol & Dhariwal 2021, equation 16)."""
@@ -251,6 +271,10 @@ class LdmConfig(RunConfig):
              "uniform or importance with objective=vlb or hybrid, whose mean is over uniform timesteps"),
             (simple or self.min_snr_gamma is None, "min_snr_gamma", f"null with objective={self.objective}"),
             (self.min_snr_gamma is None or self.min_snr_gamma > 0, "min_snr_gamma", "> 0 or null"),
+            (not self.zero_terminal_snr or self.prediction_type != "epsilon", "zero_terminal_snr",
+             "false with prediction_type=epsilon: noise without an image says nothing of one; take v_prediction"),
+            (simple or not self.zero_terminal_snr, "zero_terminal_snr",
+             f"false with objective={self.objective}: the bound is not finite there"),
             (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
             (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
             (not in_pixels or not self.sample_prompts, "sample_prompts",

@@ -85,6 +85,13 @@ def _parser() -> ArgumentParser:
     checking.add_argument("--split", default="train", help="of a folder or repository; default: train")
     checking.set_defaults(command=data_check)
 
+    averaging = commands.add_parser("average", help="a trained U-Net with an average of its weights of another length")
+    averaging.add_argument("run", metavar="RUN", help="run of train_ldm.py with training.average_lengths")
+    averaging.add_argument("--length", metavar="L", type=float, required=True, help="share of the training, such as 0.1")
+    averaging.add_argument("--step", metavar="N", type=int, help="of a snapshot; default: the last")
+    averaging.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, which `assemble` takes")
+    averaging.set_defaults(command=average)
+
     plotting = commands.add_parser("plot", help="draw a run's curves")
     plotting.add_argument("run", metavar="RUN", help="run folder of a training script")
     plotting.add_argument("--output", metavar="FILE", help="the picture; default: RUN/curves.png")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -43,7 +44,7 @@ from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
-from ldm.diffusion.schedule import alphas_bar
+from ldm.diffusion.schedule import alphas_bar, zero_terminal_snr
 from ldm.diffusion.variational_bound import (
     bound_term,
     discretised_log_likelihood,
@@ -75,7 +76,10 @@ def main() -> None:
     precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(unet, training)
     ema = optim.moving_average(unet, training.ema_decay)
-    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps).to(accelerator.device)
+    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
+    if config.zero_terminal_snr:
+        alpha_bar = zero_terminal_snr(alpha_bar)
+    alpha_bar = alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
 
     first_step = 0
@@ -234,13 +238,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(device)
     no_caption_states = data.text(torch.zeros(1, dtype=torch.long))["hidden_states"].to(device)
     parts = {
-        "scheduler": DPMSolverMultistepScheduler(
-            num_train_timesteps=config.num_train_timesteps,
-            beta_schedule=config.beta_schedule,
-            beta_start=1e-4,
-            beta_end=0.02,
-            prediction_type=config.prediction_type,
-        ),
+        "scheduler": DPMSolverMultistepScheduler(**schedule_settings(config)),
         "image_noising_scheduler": DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2"),
         "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim),
     }
@@ -290,14 +288,7 @@ def in_pixel_space(config: LdmConfig) -> Task:
     else:
         unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
         run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        beta_start=1e-4,
-        beta_end=0.02,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance,
-    )
+    scheduler = DDPMScheduler(**schedule_settings(config), variance_type=config.variance)
 
     def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
         if not data.classes:
@@ -330,6 +321,20 @@ def in_pixel_space(config: LdmConfig) -> Task:
             (folder / "classes.json").write_text(json.dumps(data.classes, indent=2))
 
     return Task(data, unet, conditions, drawn, save)
+
+
+def schedule_settings(config: LdmConfig) -> dict[str, Any]:
+    """The process that was trained on, as diffusers' schedulers take it."""
+    settings = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": config.prediction_type,
+    }
+    if config.zero_terminal_snr:  # sampling must then start at the very last timestep
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return settings
 
 
 def build_unet(
