@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -87,7 +88,9 @@ def _parser() -> ArgumentParser:
 
     averaging = commands.add_parser("average", help="a trained U-Net with an average of its weights of another length")
     averaging.add_argument("run", metavar="RUN", help="run of train_ldm.py with training.average_lengths")
-    averaging.add_argument("--length", metavar="L", type=float, required=True, help="share of the training, such as 0.1")
+    averaging.add_argument(
+        "--length", metavar="L", type=float, required=True, help="share of the training, such as 0.1"
+    )
     averaging.add_argument("--step", metavar="N", type=int, help="of a snapshot; default: the last")
     averaging.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, which `assemble` takes")
     averaging.set_defaults(command=average)
@@ -163,6 +166,25 @@ def data_check(arguments: argparse.Namespace) -> None:
 
     for line in findings(arguments.source, arguments.split):
         print(line, flush=True)
+
+
+def average(arguments: argparse.Namespace) -> None:
+    """`ldm average`: a copy of the run's model whose U-Net has the averaged weights; prints its folder."""
+    run, output = Path(arguments.run).expanduser(), Path(arguments.output).expanduser()
+    if not (run / "model" / "unet").is_dir():
+        raise UserError(f"RUN '{run}' has no model/unet; name the output_dir of a finished run of train_ldm.py")
+    check_output_folder(arguments.output)
+    _be_quiet()
+    from diffusers import AutoModel
+
+    from ldm.training import averages
+
+    step, weights = averages.combined(run / "averages", arguments.length, arguments.step)
+    unet = AutoModel.from_pretrained(run / "model" / "unet")
+    unet.load_state_dict(weights)
+    shutil.copytree(run / "model", output / "model")
+    unet.save_pretrained(output / "model" / "unet")
+    print(f"{output / 'model'}: the average of length {arguments.length:g} at step {step}")
 
 
 def plot(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldm.errors import UserError
@@ -42,6 +43,17 @@ def running_mean(values: list[float], reach: int) -> list[float]:
     return [sum(part) / len(part) for part in (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))]
 
 
+def curve_over_curve(axes: Axes, name: str, steps: list[float], lists: list[list[float]]) -> None:
+    """A metric that is a list at each step: one line a step, from light to dark, over its places from 0 to 1."""
+    for number, (step, values) in enumerate(zip(steps, lists, strict=True)):
+        x = [(place + 0.5) / len(values) for place in range(len(values))]
+        shade = (number + 1) / len(lists)
+        label = f"step {step:,.0f}" if number in (0, len(lists) - 1) else None
+        axes.plot(x, values, color="C0", alpha=shade, linewidth=1, label=label)
+    axes.set_title(f"{name} (over t / T)", fontsize=9)
+    axes.legend(fontsize=7)
+
+
 def curves(run: Path) -> Figure:
     """All metrics of a run; those of many values with a running mean, those of one as a point."""
     metrics = read_metrics(run)
@@ -49,12 +61,15 @@ def curves(run: Path) -> Figure:
     figure = Figure((4.2 * COLUMNS, 2.8 * rows), layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for (name, (steps, values)), axes in zip(metrics.items(), panels, strict=False):
+        axes.grid(alpha=0.3)
+        if isinstance(values[0], list):
+            curve_over_curve(axes, name, steps, values)
+            continue
         many = len(values) > 4 * SMOOTHED_OVER
         axes.plot(steps, values, "." if len(values) == 1 else "-", color="C0", alpha=0.35 if many else 1, linewidth=1)
         if many:
             axes.plot(steps, running_mean(values, SMOOTHED_OVER), color="C0")
         axes.set_title(name, fontsize=9)
-        axes.grid(alpha=0.3)
     for axes in panels:  # those that are left
         axes.set_visible(False)
     figure.suptitle(str(run))

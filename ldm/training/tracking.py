@@ -1,16 +1,25 @@
-"""What a run writes while it goes: progress bar, metrics.jsonl, TensorBoard, picture grids."""
+"""What a run writes while it goes: progress bar, metrics.jsonl, TensorBoard, W&B if asked, picture grids."""
 
 import json
 import os
+import resource
+import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from torchvision.utils import save_image as save_grid
 from tqdm import tqdm
 
 from ldm.config import TrainingConfig
+from ldm.errors import UserError
+
+UNSHOWN = ("learning_rate", "samples_per_second", "memory_gib")
+"""Metrics that the progress bar has no room for, or shows itself."""
 
 
 class Tracker:
@@ -19,6 +28,7 @@ class Tracker:
     def __init__(self, folder: Path, first_step: int, training: TrainingConfig, is_main: bool):
         self.folder, self.training, self.is_main = folder, training, is_main
         self.collected: dict[str, list[torch.Tensor]] = {}
+        self.logged_at = first_step, time.perf_counter()
         self.bar = tqdm(
             total=training.max_steps * training.batch_size,
             initial=first_step * training.batch_size,
@@ -32,6 +42,7 @@ class Tracker:
             _forget_later_steps(folder / "metrics.jsonl", first_step)
             self.file = (folder / "metrics.jsonl").open("a")
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self.wandb = _wandb_run(folder, training.wandb_project) if training.wandb_project else None
 
     def collect(self, **metrics: torch.Tensor) -> None:
         """Keeps metrics of one micro-batch, unread, so that the device need not be waited for."""
@@ -45,18 +56,24 @@ class Tracker:
             return None
         means = {name: torch.stack(values).float().mean().item() for name, values in self.collected.items()}
         self.collected.clear()
-        self.log(step, **means, **metrics)
+        (before, then), now = self.logged_at, time.perf_counter()
+        self.logged_at = step, now
+        speed = (step - before) * self.training.batch_size / (now - then)
+        self.log(step, **means, **metrics, samples_per_second=round(speed, 2), memory_gib=round(peak_memory(), 3))
         return means
 
-    def log(self, step: int, **metrics: float) -> None:
-        """Writes metrics of step `step` as they are."""
+    def log(self, step: int, **metrics: float | list[float]) -> None:
+        """Writes metrics of step `step` as they are; a list is a curve, over something else than steps."""
         if not self.is_main:
             return
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list)}
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        shown = {name: f"{value:.4g}" for name, value in metrics.items() if name != "learning_rate"}
+        shown = {name: f"{value:.4g}" for name, value in metrics.items() if name not in UNSHOWN}
         self.bar.set_postfix(shown, refresh=False)
 
     def pictures(self, step: int, images: torch.Tensor, columns: int) -> None:
@@ -66,7 +83,10 @@ class Tracker:
         (self.folder / "samples").mkdir(exist_ok=True)
         images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
         save_grid(images, self.folder / "samples" / f"step-{step:06d}.png", nrow=columns, padding=2, pad_value=1.0)
-        self.writer.add_image("samples", make_grid(images, nrow=columns, padding=2, pad_value=1.0), step)
+        grid = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+        self.writer.add_image("samples", grid, step)
+        if self.wandb:
+            self.wandb.log({"samples": _wandb().Image(grid)}, step=step)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -78,6 +98,42 @@ class Tracker:
         if self.is_main:
             self.file.close()
             self.writer.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def peak_memory() -> float:
+    """The most memory this process has had, in GiB: the accelerator's where there is one, else the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('training.wandb_project: Weights & Biases is not installed; pip install "ldm[wandb]"') from None
+    return wandb
+
+
+def _wandb_run(folder: Path, project: str) -> Any:
+    """A run of W&B, the same one when the folder's run is resumed."""
+    identity = folder / "wandb-id"
+    if not identity.is_file():
+        identity.write_text(uuid.uuid4().hex[:12])
+    try:
+        return _wandb().init(
+            project=project,
+            id=identity.read_text(),
+            name=folder.name,
+            dir=folder,
+            config=OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")),
+            resume="allow",
+        )
+    except _wandb().Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"training.wandb_project {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
 
 
 def _forget_later_steps(path: Path, step: int) -> None:

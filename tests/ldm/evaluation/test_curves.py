@@ -34,6 +34,16 @@ def test_a_panel_a_metric_with_its_mean(run):
     assert running_mean([0.0, 3.0, 6.0, 3.0], 1) == [1.5, 3.0, 4.0, 4.5]
 
 
+def test_a_list_is_a_curve_for_each_step(run):
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in (100, 200, 300):
+            file.write(json.dumps({"step": step, "validation_loss_over_t": [3.0, 2.0, 1.0, step / 100]}) + "\n")
+    (panel,) = (axes for axes in curves(run).axes if axes.get_visible())
+    assert [list(line.get_ydata()) for line in panel.lines] == [[3, 2, 1, 1], [3, 2, 1, 2], [3, 2, 1, 3]]
+    assert list(panel.lines[0].get_xdata()) == [0.125, 0.375, 0.625, 0.875]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["step 100", "step 300"]
+
+
 def test_the_command_writes_beside_the_run_or_where_it_is_told(run, tmp_path, capsys):
     for further, path in (([], run / "curves.png"), (["--output", str(tmp_path / "a.png")], tmp_path / "a.png")):
         with pytest.raises(SystemExit) as ended:
