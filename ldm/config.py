@@ -71,8 +71,8 @@ class TrainingConfig:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
     average_lengths: list[float] = field(default_factory=list)
-    """In train_ldm.py, lengths of power-function averages that are kept beside, such as [0.05, 0.1]: from their snapshots
-    `ldm average` makes one of any length once training is over (Karras et al. 2024)."""
+    """In train_ldm.py, lengths of power-function averages that are kept beside, such as [0.05, 0.1]: from their
+    snapshots `ldm average` makes one of any length once training is over (Karras et al. 2024)."""
     snapshot_every: int = 500
     """Steps between the snapshots of those averages."""
     optimizer: str = "adamw"
@@ -225,8 +225,8 @@ class LdmConfig(RunConfig):
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000
     zero_terminal_snr: bool = False
-    """Whether the last timestep is noise and nothing else, as sampling starts (Lin et al. 2024), so that very bright and
-    very dark images can be drawn; not for `epsilon`, which then says nothing of the image."""
+    """Whether the last timestep is noise and nothing else, as sampling starts (Lin et al. 2024), so that very bright
+    and very dark images can be drawn; not for `epsilon`, which then says nothing of the image."""
     objective: str = "simple"
     """`simple`, the squared error (Ho et al. 2020, equation 14); `vlb`, the variational bound; or `hybrid`, both, the
     bound for the variance alone (Nichol & Dhariwal 2021, equation 16)."""
