@@ -46,8 +46,24 @@ class DataConfig:
     max_bad_fraction: float = 0.05
     """Images that cannot be decoded are skipped and named; more than this share of all stops the run."""
     num_workers: int = 0
+    aspect_buckets: bool = False
+    """Whether cache_latents.py cuts each image to the size, of about image_size² pixels, nearest to its aspect ratio.
+    CLIP and the autoencoder see squares either way."""
+    bucket_step: int = 64
+    """Sides of these sizes are multiples of so many pixels: the autoencoder's factor, times 2 for every halving of the
+    U-Net."""
+    max_aspect_ratio: float = 2.0
+    """Of the longest of these sizes."""
 
     def __post_init__(self):
+        _require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
+        _require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
+        _require(
+            not self.aspect_buckets or self.image_size % self.bucket_step == 0,
+            "data.bucket_step",
+            self.bucket_step,
+            f"a divisor of data.image_size {self.image_size}",
+        )
         _require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
         _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
@@ -301,9 +317,12 @@ class CacheConfig:
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 256
     precision: str = "fp32"
+    shard_size: int = 4096
+    """Images or captions a file: what a killed run has to encode again at most."""
 
     def __post_init__(self):
         _require(self.batch_size > 0, "batch_size", self.batch_size, "> 0")
+        _require(self.shard_size > 0, "shard_size", self.shard_size, "> 0")
         _choose("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
 
 

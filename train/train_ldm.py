@@ -236,7 +236,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net
     mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
     embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(device)
-    no_caption_states = data.text(torch.zeros(1, dtype=torch.long))["hidden_states"].to(device)
+    no_caption_states = data.no_text()["hidden_states"].to(device)
     parts = {
         "scheduler": DPMSolverMultistepScheduler(**schedule_settings(config)),
         "image_noising_scheduler": DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2"),

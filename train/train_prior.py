@@ -96,7 +96,7 @@ def main() -> None:
         num_workers=config.data.num_workers,
         collate_fn=as_is,
     )
-    no_text = data.text(torch.zeros(1, dtype=torch.long))
+    no_text = data.no_text()
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     interruption = Interruption(accelerator)

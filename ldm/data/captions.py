@@ -89,13 +89,17 @@ class CaptionedImages(torch.utils.data.Dataset):
         except RunError as error:
             self._unreadable.add(index)
             tqdm.write(f"warning: {error}; skipped", file=sys.stderr)
-        bad, allowed = len(self._unreadable), self.config.max_bad_fraction
+        self.check_readable(len(self._unreadable))
+        return None
+
+    def check_readable(self, bad: int) -> None:
+        """Raises RunError where `bad` images that cannot be decoded are more than data.max_bad_fraction, or all."""
+        allowed = self.config.max_bad_fraction
         if bad > allowed * len(self) or bad == len(self):
             raise RunError(
                 f"{bad} of the {len(self)} images of {self.config.source} cannot be decoded, more than "
                 f"data.max_bad_fraction {allowed:g} allows; mend them, or raise it"
             )
-        return None
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The samples at `places`; the next that can be decoded stands in for one that cannot."""

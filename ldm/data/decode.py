@@ -4,6 +4,7 @@ Handled: EXIF rotation, transparency (becomes white), palettes, grey, CMYK, 16 b
 (their first frame). Refused: pictures of more pixels than Pillow deems safe, before they are decoded.
 """
 
+import hashlib
 import io
 
 import numpy as np
@@ -27,8 +28,16 @@ def open_picture(stored: bytes | str) -> Image.Image:
     return image
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """Upright RGB of size × size: the shorter side scaled, the middle kept.
+def digest(image: Image.Image) -> bytes:
+    """sha256 of the file that a picture not decoded yet was opened from; of a drawn one, of its pixels."""
+    if getattr(image, "fp", None) is None:
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+    image.fp.seek(0)
+    return hashlib.sha256(image.fp.read()).digest()
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB, as a viewer would show it.
 
     Raises:
         ValueError: floating-point values, whose range is anyone's guess.
@@ -42,5 +51,16 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    image = image.convert("RGB")
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return image.convert("RGB")
+
+
+def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scaled until it covers height × width pixels, of which the middle is kept."""
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """Upright RGB of size × size: the shorter side scaled, the middle kept. Raises as `upright` does."""
+    return cropped(upright(image), size, size)

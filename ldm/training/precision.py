@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 
 def resolve(precision: str) -> str:
     """Accelerate's name (`no`, `bf16`, `fp16`) of a configured precision; `auto` looks at the hardware."""
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
-    device = PartialState().device
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator will ask for it
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if device.type == "cpu" and cpu_multiplies_bf16() else "no"

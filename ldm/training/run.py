@@ -69,14 +69,14 @@ def claim(config: RunConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(folder)
+            lock(folder, "trained")
             configuration.save(config, folder / "config.yaml")
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
     return folder
 
 
-def _lock(folder: Path) -> None:
+def lock(folder: Path, doing: str) -> None:
     """Keeps other processes out of `folder` until this one ends, however it ends: the system lets go of the lock."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -84,7 +84,7 @@ def _lock(folder: Path) -> None:
     except OSError:
         owner = os.read(descriptor, 32).decode() or "unknown"
         raise UserError(
-            f"output_dir {folder} is being trained by process {owner}; wait for it to end, or choose another"
+            f"output_dir {folder} is being {doing} by process {owner}; wait for it to end, or choose another"
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
+from ldm.data.latents import read_index
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -107,7 +109,7 @@ def test_weights_to_start_from_that_do_not_fit(runs, arguments_of, run_script, f
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("stage", ["clip", "autoencoder", "cache", "prior", "ldm"])
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "prior", "ldm"])
 def test_folder_in_use_is_left_as_it_is(runs, arguments_of, fails, tree, stage):
     before = tree(runs / stage)
     line = fails(stage, arguments_of(stage, runs, runs / stage))
@@ -120,6 +122,42 @@ def test_output_that_is_a_file(runs, arguments_of, fails, tmp_path, stage):
     (tmp_path / "file").write_text("mine")
     assert "already in use" in fails(stage, arguments_of(stage, runs, tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_folder_with_something_beside_a_cache(runs, arguments_of, fails, tree, tmp_path):
+    shutil.copytree(runs / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / "letter.txt").write_text("mine")
+    before = tree(tmp_path / "cache")
+    line = fails("cache", arguments_of("cache", runs, tmp_path / "cache"))
+    assert "already in use" in line and "letter.txt is no part of a cache" in line
+    assert tree(tmp_path / "cache") == before
+
+
+def test_cache_of_an_earlier_format(runs, arguments_of, fails, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "images-00000.safetensors").write_text("")
+    assert "an earlier format; delete it" in fails("cache", arguments_of("cache", runs, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.horizontal_flip=true", "horizontal_flip False, not True"),
+        ("precision", "images cached with another precision"),
+        ("autoencoder", "images cached with another autoencoder"),
+    ],
+)
+def test_cache_with_other_settings(runs, arguments_of, run_script, fails, tree, tmp_path, override, words):
+    if override == "autoencoder":
+        arguments = arguments_of("autoencoder", runs, tmp_path / "other", "seed=1", "training.max_steps=1")
+        assert run_script("autoencoder", arguments) == 0
+        override = f"autoencoder={tmp_path / 'other'}"
+    if override == "precision":  # the one that `auto` did not choose on this machine
+        override = f"precision={'fp32' if read_index(runs / 'cache').image_settings.precision == 'bf16' else 'bf16'}"
+    before = tree(runs / "cache")
+    line = fails("cache", arguments_of("cache", runs, runs / "cache", override))
+    assert words in line and "delete that folder" in line
+    assert tree(runs / "cache") == before
 
 
 def test_nothing_to_resume(runs, arguments_of, fails, tmp_path):

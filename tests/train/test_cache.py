@@ -1,44 +1,94 @@
-"""cache_latents.py on images of which one cannot be decoded."""
+"""cache_latents.py: what it leaves out, what it encodes again, and what becomes of it when it is killed."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ldm.data import shapes
-from ldm.data.latents import CachedLatents
+from ldm.data.latents import CachedLatents, read_index
+from ldm.data.records import open_shard
 
+ROOT = Path(__file__).parents[2]
 BROKEN = 5
+SMALL_SHARDS = ["shard_size=4", "batch_size=2"]
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def draw(folder, numbers):
+    """Captioned scenes as a folder of pictures."""
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        scene = shapes.make_scene(0, number)
+        shapes.draw(scene).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(scene.caption)
+    return folder
+
+
+def contents(folder):
+    """Every file of a cache by name, but for what is of this machine and moment."""
+    own = {".lock", "verified.json"}
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir() if path.name not in own}
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Twelve drawn scenes with captions; one file is cut off."""
-    for number in range(12):
-        scene = shapes.make_scene(0, number)
-        shapes.draw(scene).save(tmp_path / f"{number:02d}.png")
-        (tmp_path / f"{number:02d}.txt").write_text(scene.caption)
-    broken = tmp_path / f"{BROKEN:02d}.png"
+    folder = draw(tmp_path / "pictures", range(12))
+    broken = folder / f"{BROKEN:02d}.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    return tmp_path
+    return folder
 
 
-def test_leaves_out_what_cannot_be_decoded_and_says_so(runs, arguments_of, run_script, folder, tmp_path, capsys):
-    output = tmp_path / "cache"
-    further = [f"data.source={folder}", "data.max_bad_fraction=0.1", "data.max_images=12", "batch_size=5"]
-    assert run_script("cache", arguments_of("cache", runs, output, *further)) == 0
-    printed = capsys.readouterr()
-    assert f"warning: image {BROKEN} of" in printed.err
-    assert "11 images, 1 skipped, 11 different captions" in printed.out
-    shard = load_file(output / "images-00000.safetensors")
-    assert shard["indices"].tolist() == [n for n in range(12) if n != BROKEN]
+@pytest.fixture
+def write(runs, arguments_of, run_script, tmp_path, capsys):
+    """(folder of pictures, further arguments) -> what the script said last, of the cache in `tmp_path / name`."""
 
-    data = CachedLatents(output, 0, runs / "autoencoder" / "model" / "vae", runs / "clip" / "model")
-    whole = CachedLatents(runs / "cache", 0, runs / "autoencoder" / "model" / "vae", runs / "clip" / "model")
+    def run(pictures, *further, name="cache"):
+        source = [f"data.source={pictures}", "data.max_images=100", "data.max_bad_fraction=0.1", *SMALL_SHARDS]
+        capsys.readouterr()
+        assert run_script("cache", arguments_of("cache", runs, tmp_path / name, *source, *further)) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def opened(runs):
+    """(cache) -> its samples, read with the encoders of `runs`."""
+    return lambda cache: CachedLatents(cache, 0, runs / "autoencoder" / "model" / "vae", runs / "clip" / "model")
+
+
+def samples(data):
+    return data.__getitems__([(0, index) for index in range(len(data))])
+
+
+def test_leaves_out_what_cannot_be_decoded_and_says_so(runs, write, opened, folder, tmp_path):
+    said = write(folder)
+    assert f"warning: image {BROKEN} of" in said.err
+    assert (
+        "11 images (11 encoded, 0 reused, 0 duplicates), 1 skipped (image 5), 11 different captions (11 enc" in said.out
+    )
+    data, whole = opened(tmp_path / "cache"), opened(runs / "cache")
     assert len(data) == 11
-    assert torch.equal(data.caption_ids[:, 0], torch.arange(1, 12))
-    texts = data.text(data.caption_ids[:, 0])["text_embeds"]
-    assert texts.unique(dim=0).shape[0] == 11
-    assert data.latent_mean.shape[1:] == whole.latent_mean.shape[1:]
+    assert samples(data)["text_embeds"].unique(dim=0).shape[0] == 11
+    assert data.latent_shape == whole.latent_shape
+    same = [index for index in range(12) if index != BROKEN]
+    expected = whole.__getitems__([(0, index) for index in same])
+    for name, values in samples(data).items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-3)  # other batches, other rounding
+
+    # The second time nothing is encoded, and the image is still told of
+    before = contents(tmp_path / "cache")
+    assert "11 images (0 encoded, 11 reused, 0 duplicates), 1 skipped (image 5)" in write(folder).out
+    assert contents(tmp_path / "cache") == before
 
 
 def test_too_many_stop_it(runs, arguments_of, run_script, folder, tmp_path, capsys):
@@ -46,3 +96,115 @@ def test_too_many_stop_it(runs, arguments_of, run_script, folder, tmp_path, caps
     assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", *further)) == 1
     assert "1 of the 12 images of" in capsys.readouterr().err
     assert not (tmp_path / "cache" / "index.json").exists()
+
+
+def test_data_that_change_are_encoded_where_they_changed(write, opened, tmp_path):
+    pictures = draw(tmp_path / "pictures", range(8))
+    write(pictures)
+    before, shards = samples(opened(tmp_path / "cache")), read_index(tmp_path / "cache").images
+    draw(pictures, range(8, 11))
+    (pictures / "02.txt").write_text("another caption")
+    shutil.copy(pictures / "03.png", pictures / "99.png")  # a duplicate, with a caption of its own
+    (pictures / "99.txt").write_text("the same again")
+    said = write(pictures).out
+    assert (
+        "12 images (3 encoded, 8 reused, 1 duplicates), 0 skipped, 12 different captions (5 encoded, 7 reused)" in said
+    )
+    after = samples(opened(tmp_path / "cache"))
+    assert set(shards) < set(read_index(tmp_path / "cache").images)
+    for name in ("latent_mean", "latent_std", "image_embeds"):
+        assert torch.equal(after[name][:8], before[name])
+        assert torch.equal(after[name][11], before[name][3])
+    assert not torch.equal(after["text_embeds"][2], before["text_embeds"][2])
+    assert torch.equal(after["text_embeds"][3], before["text_embeds"][3])
+
+    # Fewer, and in another order: nothing is encoded, and shards of which nothing is left are gone
+    for number in (0, 1, 2, 3, 99):
+        (pictures / f"{number:02d}.png").unlink()
+    (pictures / "04.png").rename(pictures / "zz.png")
+    (pictures / "04.txt").rename(pictures / "zz.txt")
+    assert "7 images (0 encoded, 7 reused, 0 duplicates)" in write(pictures).out
+    fewer = samples(opened(tmp_path / "cache"))
+    assert torch.equal(fewer["latent_mean"], after["latent_mean"][[5, 6, 7, 8, 9, 10, 4]])
+    assert shards[0] not in {path.name for path in (tmp_path / "cache").iterdir()}
+
+
+def test_a_damaged_shard_is_encoded_again(write, folder, tmp_path):
+    write(folder)
+    before = contents(tmp_path / "cache")
+    for kind in ("images", "captions"):
+        shard = tmp_path / "cache" / getattr(read_index(tmp_path / "cache"), kind)[1]
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    said = write(folder)
+    assert said.err.count("is damaged; encoding its") == 2
+    assert "11 images (3 encoded, 8 reused" in said.out
+    assert contents(tmp_path / "cache") == before
+
+
+def test_what_is_no_number_is_not_written(runs, arguments_of, run_script, tmp_path, capsys):
+    shutil.copytree(runs / "autoencoder" / "model", tmp_path / "autoencoder" / "model")
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "autoencoder" / "model" / "vae")
+    vae.config["scaling_factor"] = 1e9
+    vae.save_pretrained(tmp_path / "autoencoder" / "model" / "vae")
+    arguments = arguments_of("cache", runs, tmp_path / "cache", f"autoencoder={tmp_path / 'autoencoder'}")
+    assert run_script("cache", arguments) == 1
+    assert "latent_mean of image 0 of shapes is not finite; set precision=fp32" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_a_killed_run_goes_on_where_it_was(runs, arguments_of, write, tmp_path):
+    """A real process, killed as soon as a number of shards are there; the cache is that of a run left alone."""
+    many = ["data.max_images=400"]
+    write("shapes", *many, name="whole")
+    arguments = arguments_of("cache", runs, tmp_path / "cache", *SMALL_SHARDS, *many)
+    with (tmp_path / "said").open("w") as log:
+        command = [sys.executable, ROOT / "train" / "cache_latents.py", *arguments]
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=log, stdout=log)
+        for _ in range(12000):
+            if len(list((tmp_path / "cache").glob("images-*"))) >= 5:
+                break
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "cache" / "index.json").exists()
+    kept = {path.name for path in (tmp_path / "cache").glob("images-*")}
+    reused = sum(len(open_shard(tmp_path / "cache" / name)[0]["keys"]) for name in kept)
+    (tmp_path / "cache" / ".images.1.tmp").write_bytes(b"half a shard")
+    assert f"400 images ({400 - reused} encoded, {reused} reused" in write("shapes", *many).out
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_two_processes_write_what_one_does(runs, arguments_of, write, folder, tmp_path):
+    write(folder, name="one")
+    source = [f"data.source={folder}", "data.max_images=100", "data.max_bad_fraction=0.1", *SMALL_SHARDS]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    arguments = arguments_of("cache", runs, tmp_path / "two", *source)
+    with (tmp_path / "said").open("w") as log:
+        subprocess.run(
+            [*command, ROOT / "train" / "cache_latents.py", *arguments],
+            check=True,
+            timeout=300,
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+        )
+    assert "11 images (11 encoded, 0 reused, 0 duplicates), 1 skipped (image 5)" in (tmp_path / "said").read_text()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_one_process_a_folder(runs, arguments_of, fails, tmp_path):
+    shutil.copytree(runs / "cache", tmp_path / "cache")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=1); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "cache" / ".lock"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"1\n"
+        assert "is being written by process" in fails("cache", arguments_of("cache", runs, tmp_path / "cache"))
+    finally:
+        process.kill()
+        process.wait()
