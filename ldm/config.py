@@ -107,6 +107,11 @@ class TrainingConfig:
     sample_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    num_processes: int | None = None
+    """How many processes must train together, over all machines; None takes as many as were started."""
+    timeout_seconds: int = 1800
+    """How long processes wait for one that does not answer, before the run ends. Must exceed the time that the main one
+    takes to draw samples or to write a checkpoint."""
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
@@ -114,6 +119,9 @@ class TrainingConfig:
         for name in ("checkpoint_every", "keep_checkpoints", "snapshot_every"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
+        _require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
+        _require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
+                 "> 0 or null")  # fmt: skip
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
         for length in self.average_lengths:

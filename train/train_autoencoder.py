@@ -31,7 +31,7 @@ from ldm.config import AutoencoderConfig
 from ldm.data.captions import CaptionedImages, as_is, open_images
 from ldm.data.order import MicroBatches, global_batch
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, optim, precision, run
+from ldm.training import checkpoint, failure, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -50,6 +50,7 @@ CLASSES = {
 }
 
 
+@failure.in_words
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(AutoencoderConfig, arguments.config, arguments.overrides)
@@ -75,24 +76,21 @@ def main() -> None:
     discriminator = PatchDiscriminator(config.discriminator_channels)
     optimizer = optim.adamw(model, training)
     discriminator_optimizer = optim.adamw(discriminator, training)
-    ema = optim.moving_average(autoencoder, training.ema_decay)
     perceptual = None
     if config.perceptual_weight:
         clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
         perceptual = PerceptualDistance(export.load(clip_folder).image_encoder)
 
-    first_step = 0
-    if resumed is not None:
-        first_step = resumed.step
-        autoencoder.load_state_dict(resumed.tensors["model"])
-        discriminator.load_state_dict(resumed.tensors["discriminator"])
-        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
-        optim.load_optimizer(discriminator_optimizer, resumed.tensors["discriminator_optimizer"])
-        optim.load_ema(ema, autoencoder, resumed.tensors["ema"], first_step)
     model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         model, discriminator, optimizer, discriminator_optimizer
     )
-    ema.to(accelerator.device)
+    ema = optim.moving_average(autoencoder, training.ema_decay)
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed.step
+        optim.restore(resumed, autoencoder, ema, optimizer)
+        accelerator.unwrap_model(discriminator).load_state_dict(resumed.read("discriminator"))
+        optim.load_optimizer(discriminator_optimizer, resumed.read("discriminator_optimizer"))
     if perceptual is not None:
         perceptual.to(accelerator.device)
     if training.compile:
@@ -107,7 +105,8 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
-    interruption = Interruption(accelerator)
+    interruption = Interruption(accelerator, training.timeout_seconds)
+    guard = failure.Guard(accelerator, optimizer, folder, resumed)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -140,9 +139,10 @@ def main() -> None:
                 loss = loss + config.adversarial_weight * weight * metrics["adversarial"]
                 discriminator.requires_grad_(True)
             accelerator.backward(loss)
+            guard.saw(loss, batch["indices"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
+                guard.check(norm, step=step + 1, learning_rate=rate)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -159,15 +159,17 @@ def main() -> None:
         tracker.collect(**metrics)
         if not accelerator.sync_gradients:
             continue
-        ema.step(autoencoder.parameters())
+        if guard.is_update:
+            ema.step(autoencoder.parameters())
         done = step + 1
-        tracker.step(done, learning_rate=rate)
+        tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
             with optim.averaged(ema, autoencoder):
                 tracker.pictures(done, reconstructions(autoencoder, data, accelerator.device), columns=GRID_IMAGES // 2)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
-        if accelerator.is_main_process and (due or stopped_by):
+        if due or stopped_by:
+            guard.settle()
             tensors = {
                 "model": autoencoder.state_dict(),
                 "ema": optim.ema_tensors(ema, autoencoder),
@@ -175,7 +177,7 @@ def main() -> None:
                 "discriminator": accelerator.unwrap_model(discriminator).state_dict(),
                 "discriminator_optimizer": optim.optimizer_tensors(discriminator_optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)

@@ -22,7 +22,7 @@ from ldm.config import ClipConfig
 from ldm.data.captions import CaptionedImages, as_is, open_images
 from ldm.data.order import MicroBatches
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, optim, precision, run
+from ldm.training import checkpoint, failure, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -33,6 +33,7 @@ TOKENIZER_CAPTIONS = 50_000
 GRID_CAPTIONS = 16
 
 
+@failure.in_words
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(ClipConfig, arguments.config, arguments.overrides)
@@ -66,19 +67,16 @@ def main() -> None:
     precision.prepare(clip, accelerator.mixed_precision, accelerator.device)
     model = Slip(clip, embedding_dim)
     optimizer = optim.adamw(model, training)
-    ema = optim.moving_average(model, training.ema_decay)
     contrastive_loss = ClipLoss(
         local_loss=True, gather_with_grad=True, rank=share.rank, world_size=accelerator.num_processes
     )
 
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema = optim.moving_average(model, training.ema_decay)
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
-        model.load_state_dict(resumed.tensors["model"])
-        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
-        optim.load_ema(ema, model, resumed.tensors["ema"], first_step)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema.to(accelerator.device)
+        optim.restore(resumed, model, ema, optimizer)
     if training.compile:
         wrapped.compile()
 
@@ -91,7 +89,8 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
-    interruption = Interruption(accelerator)
+    interruption = Interruption(accelerator, training.timeout_seconds)
+    guard = failure.Guard(accelerator, optimizer, folder, resumed)
     augmentation = {
         "least_area": config.random_crop,
         "jitter": config.colour_jitter,
@@ -127,12 +126,14 @@ def main() -> None:
             tracker.collect(image_image_loss=pair_loss)
             loss = loss + config.image_image_weight * pair_loss
         accelerator.backward(loss)
+        guard.saw(loss, batch["indices"])
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), training.max_grad_norm)
-        optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
+        guard.check(norm, step=step + 1, learning_rate=rate)
         optimizer.step()
         optimizer.zero_grad()
         clamp_temperature(clip)
-        ema.step(model.parameters())
+        if guard.is_update:
+            ema.step(model.parameters())
         tracker.collect(clip_loss=clip_loss)
 
         done = step + 1
@@ -141,7 +142,12 @@ def main() -> None:
             caption_ids = torch.tensor([numbers[caption] for caption in batch["captions"]], device=image.device)
             to_text, to_image = retrieval_at_1(image.detach(), text.detach(), caption_ids)
             means = tracker.step(
-                done, learning_rate=rate, temperature=1 / scale.item(), image_to_text=to_text, text_to_image=to_image
+                done,
+                learning_rate=rate,
+                temperature=1 / scale.item(),
+                image_to_text=to_text,
+                text_to_image=to_image,
+                **guard.metrics(),
             )
             chance = math.log(share.batch_size)
             if means and done >= max(100, 2 * training.warmup_steps) and means["clip_loss"] > 0.98 * chance:
@@ -150,19 +156,20 @@ def main() -> None:
                     f"{chance:.3f}, which is chance; lower training.learning_rate or look at the captions"
                 )
         else:
-            tracker.step(done, learning_rate=rate)
+            tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
             with optim.averaged(ema, model):
                 tracker.pictures(done, retrieved(model, tokenizer, data, accelerator.device), columns=9)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
-        if accelerator.is_main_process and (due or stopped_by):
+        if due or stopped_by:
+            guard.settle()
             tensors = {
                 "model": model.state_dict(),
                 "ema": optim.ema_tensors(ema, model),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)

@@ -52,7 +52,7 @@ from ldm.diffusion.variational_bound import (
     hybrid_loss,
 )
 from ldm.errors import exit_code_of
-from ldm.training import checkpoint, optim, precision, run
+from ldm.training import checkpoint, failure, optim, precision, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -63,10 +63,11 @@ from pipelines.arguments import parse_training_arguments
 GRID_IMAGES = 64
 
 
+@failure.in_words
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(LdmConfig, arguments.config, arguments.overrides)
-    accelerator, share, resumed = run.start(config, arguments.resume)
+    accelerator, share, resumed = run.start(config, arguments.resume, can_shard=True)
     training = config.training
 
     # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
@@ -75,22 +76,20 @@ def main() -> None:
     unet = task.unet.to(memory_format=torch.channels_last)
     precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(unet, training)
-    ema = optim.moving_average(unet, training.ema_decay)
     alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
     if config.zero_terminal_snr:
         alpha_bar = zero_terminal_snr(alpha_bar)
     alpha_bar = alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
 
+    model, optimizer = sharded.prepare(accelerator, unet, optimizer)
+    ema = optim.moving_average(unet, training.ema_decay)
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
-        unet.load_state_dict(resumed.tensors["model"])
-        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
-        optim.load_ema(ema, unet, resumed.tensors["ema"], first_step)
-        history = resumed.tensors["importance"]["history"] if "importance" in resumed.tensors else history
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    ema.to(accelerator.device)
+        optim.restore(resumed, unet, ema, optimizer)
+        if config.timestep_sampling == "importance":
+            history = resumed.read("importance")["history"]
     if training.compile:
         model.compile()
 
@@ -103,7 +102,8 @@ def main() -> None:
     )
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
-    interruption = Interruption(accelerator)
+    interruption = Interruption(accelerator, training.timeout_seconds)
+    guard = failure.Guard(accelerator, optimizer, folder, resumed)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -135,9 +135,10 @@ def main() -> None:
             terms = losses(config, output, z_0, z_t, noise, t, alpha_bar)
             loss = (terms * weight.to(terms)).mean()
             accelerator.backward(loss)
+            guard.saw(loss, batch["indices"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
+                guard.check(norm, step=step + 1, learning_rate=rate)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -146,17 +147,19 @@ def main() -> None:
             history = importance.remember(history, *(x.cpu() for x in accelerator.gather((t, terms.detach()))))
         if not accelerator.sync_gradients:
             continue
-        ema.step(unet.parameters())
+        if guard.is_update:
+            ema.step(unet.parameters())
         done = step + 1
-        tracker.step(done, learning_rate=rate)
-        if accelerator.is_main_process and (done % training.sample_every == 0 or done == training.max_steps):
-            with optim.averaged(ema, unet):
-                images = task.samples(unet)
+        tracker.step(done, learning_rate=rate, **guard.metrics())
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, unet) as network:
+                images = task.samples(network) if accelerator.is_main_process else None
             if images is not None:
                 tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
-        if accelerator.is_main_process and (due or stopped_by):
+        if due or stopped_by:
+            guard.settle()
             tensors = {
                 "model": unet.state_dict(),
                 "ema": optim.ema_tensors(ema, unet),
@@ -164,15 +167,16 @@ def main() -> None:
             }
             if config.timestep_sampling == "importance":
                 tensors["importance"] = {"history": history}
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
 
     # Export: averaged weights
+    ema.copy_to(unet.parameters())
+    network = sharded.whole(unet)
     if accelerator.is_main_process:
-        ema.copy_to(unet.parameters())
-        task.save(unet, folder / "model")
+        task.save(network, folder / "model")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
     interruption.close()

@@ -23,7 +23,7 @@ from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, optim, precision, run
+from ldm.training import checkpoint, failure, optim, precision, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -35,11 +35,12 @@ EVALUATED = 512
 EVALUATION_STEPS = 25
 
 
+@failure.in_words
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(PriorConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, PriorTransformer)
-    accelerator, share, resumed = run.start(config, arguments.resume)
+    accelerator, share, resumed = run.start(config, arguments.resume, can_shard=True)
     training = config.training
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, None, clip_folder)
@@ -76,16 +77,14 @@ def main() -> None:
     alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
     precision.prepare(prior, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(prior, training)
-    ema = optim.moving_average(prior, training.ema_decay)
+    mean, std = mean.to(accelerator.device), std.to(accelerator.device)
 
+    model, optimizer = sharded.prepare(accelerator, prior, optimizer)
+    ema = optim.moving_average(prior, training.ema_decay)
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
-        prior.load_state_dict(resumed.tensors["model"])
-        optim.load_optimizer(optimizer, resumed.tensors["optimizer"])
-        optim.load_ema(ema, prior, resumed.tensors["ema"], first_step)
-    model, optimizer = accelerator.prepare(prior, optimizer)
-    ema.to(accelerator.device)
+        optim.restore(resumed, prior, ema, optimizer)
     if training.compile:
         model.compile()
 
@@ -99,7 +98,8 @@ def main() -> None:
     no_text = data.no_text()
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
-    interruption = Interruption(accelerator)
+    interruption = Interruption(accelerator, training.timeout_seconds)
+    guard = failure.Guard(accelerator, optimizer, folder, resumed)
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -118,7 +118,7 @@ def main() -> None:
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
 
         with accelerator.accumulate(model):
-            x_0 = (batch["image_embeds"] - prior.clip_mean) / prior.clip_std
+            x_0 = (batch["image_embeds"] - mean) / std
             x_t = q_sample(x_0, alpha_bar[t], noise)
             x_0_hat = model(
                 x_t,
@@ -129,38 +129,43 @@ def main() -> None:
             ).predicted_image_embedding
             loss = squared_error(x_0_hat, x_0).mean()
             accelerator.backward(loss)
+            guard.saw(loss, batch["indices"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optim.check_finite(loss, norm, step=step, learning_rate=rate, scaler=accelerator.scaler)
+                guard.check(norm, step=step + 1, learning_rate=rate)
             optimizer.step()
             optimizer.zero_grad()
 
         tracker.collect(loss=loss)
         if not accelerator.sync_gradients:
             continue
-        ema.step(prior.parameters())
+        if guard.is_update:
+            ema.step(prior.parameters())
         done = step + 1
-        tracker.step(done, learning_rate=rate)
+        tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, prior):
-                tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
+            with optim.averaged(ema, prior) as network:
+                if accelerator.is_main_process:
+                    tracker.log(done, **cosines(network, scheduler, data, config.seed, accelerator.device))
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
-        if accelerator.is_main_process and (due or stopped_by):
+        if due or stopped_by:
+            guard.settle()
             tensors = {
                 "model": prior.state_dict(),
                 "ema": optim.ema_tensors(ema, prior),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, {}), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
 
     # Export: averaged weights
+    ema.copy_to(prior.parameters())
+    network = sharded.whole(prior)
     if accelerator.is_main_process:
-        ema.copy_to(prior.parameters())
-        prior.save_pretrained(folder / "model" / "prior")
+        network.save_pretrained(folder / "model" / "prior")
         scheduler.save_pretrained(folder / "model" / "prior_scheduler")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()

@@ -161,7 +161,8 @@ class CachedLatents(torch.utils.data.Dataset):
     """Samples addressed as (epoch, index), the flip and caption of each a function of (seed, epoch, index).
 
     A batch is a dict: latent_mean, latent_std (B, C, h, w), image_embeds (B, D), sizes (B, 6), text_embeds (B, D),
-    hidden_states (B, L, D_t), all float32, and attention_mask (B, L) bool. Nothing is read before it is asked for.
+    hidden_states (B, L, D_t), all float32, attention_mask (B, L) bool, and indices (B,) int64. Nothing is read before
+    it is asked for.
     """
 
     def __init__(self, folder: Path, seed: int, autoencoder: Path | None, clip: Path):
@@ -219,6 +220,7 @@ class CachedLatents(torch.utils.data.Dataset):
         return {
             **{name: values.float() for name, values in read.items()},
             **self.text(captions[np.arange(len(captions)), choices]),
+            "indices": torch.from_numpy(indices),
         }
 
     def embedding_statistics(self) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ MOST_CLASSES = 1000
 
 class Pixels(torch.utils.data.Dataset):
     """Images addressed as (epoch, index), in the shape of a batch of `CachedLatents`: latent_mean (B, C, S, S) in
-    [-1, 1], latent_std (B, 1, 1, 1) of zeros. With `class_conditional`, class_labels (B,) int64 too: the number of the
-    canonical caption in `classes`, whose first, "", stands for none."""
+    [-1, 1], latent_std (B, 1, 1, 1) of zeros, indices (B,). With `class_conditional`, class_labels (B,) int64 too: the
+    number of the canonical caption in `classes`, whose first, "", stands for none."""
 
     def __init__(self, images: CaptionedImages, greyscale: bool, class_conditional: bool):
         """Raises UserError where captions are too many to be classes."""
@@ -37,9 +37,10 @@ class Pixels(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        x = self.images.__getitems__(places)["images"]
+        images = self.images.__getitems__(places)
+        x = images["images"]
         x = x.mean(dim=1, keepdim=True) if self.greyscale else x
-        batch = {"latent_mean": x, "latent_std": torch.zeros(len(x), 1, 1, 1)}
+        batch = {"latent_mean": x, "latent_std": torch.zeros(len(x), 1, 1, 1), "indices": images["indices"]}
         if self.classes:
             batch["class_labels"] = self.labels[[index for _, index in places]]
         return batch

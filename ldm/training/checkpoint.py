@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent: a temporary folder with a sha256 manifest, flushed to disk, then renamed.
 
-    checkpoints/step-000500/   <name>.safetensors …, state.json, manifest.json
+    checkpoints/step-000500/   <group>.safetensors …, state.json, manifest.json
 
-Tensors are kept in safetensors and everything else in JSON: no pickle is written or read.
+Tensors are kept in safetensors and everything else in JSON: no pickle is written or read. Tensors divided among
+processes (`ldm.training.sharded`) are in shard-00001-….safetensors …, one file a process, instead.
 """
 
 import hashlib
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm.errors import RunError
+from ldm.training import sharded
 
 Tensors = dict[str, torch.Tensor]
 ROOM_TO_SPARE = 2**20  # bytes beyond the tensors, for the rest
@@ -33,25 +38,52 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk, whose tensors are read when they are asked for."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def read(self, group: str, like: sharded.Like = {}.get) -> Tensors:
+        """A group of tensors. `like` gives, by name, the tensor that one is for: where that is divided among processes,
+        so is what is read."""
+        if sharded.is_written(self.path):
+            return sharded.read(self.path, group, like)
+        return sharded.divided(load_file(self.path / f"{group}.safetensors"), like)
+
+
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `folder`/step-NNNNNN, reads it back, and only then removes all but the newest `keep` checkpoints.
+
+    All processes of a run call this. The main one writes; where tensors are divided, each writes its part.
 
     Raises:
         RunError: no room, or the disk failed; checkpoints written before are as they were.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.tmp"
+    is_main = not distributed.is_initialized() or distributed.get_rank() == 0
+    is_sharded = any(sharded.is_sharded(tensors.values()) for tensors in checkpoint.tensors.values())
+    if not is_main and not is_sharded:
+        return final
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, checkpoint)
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write(temporary, checkpoint)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_room(folder, checkpoint)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        digests = _write_shards(temporary, checkpoint) if is_sharded else _write_whole(temporary, checkpoint)
+        if not is_main:
+            return final
+        _finish(temporary, checkpoint, digests)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(folder)
         if not _is_whole(final):
             raise OSError(None, "what was written is not what is read back")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise RunError(
@@ -72,16 +104,27 @@ def _check_room(folder: Path, checkpoint: Checkpoint) -> None:
         raise OSError(None, f"it takes {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
 
 
-def _write(temporary: Path, checkpoint: Checkpoint) -> None:
-    """All files of a checkpoint, on disk when this returns."""
-    temporary.mkdir()
+def _write_whole(temporary: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes one file a group. Returns sha256 by file name."""
     for name, tensors in checkpoint.tensors.items():
         # Clones, because safetensors refuses tensors that share memory, as tied weights and views do.
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
                   temporary / f"{name}.safetensors")  # fmt: skip
-    state = {"step": checkpoint.step, **checkpoint.state}
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    manifest = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    return {path.name: _sha256(path) for path in temporary.iterdir()}
+
+
+def _write_shards(temporary: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes one file a process, all of them together. Returns sha256 by file name, of all."""
+    distributed.barrier()  # the folder is there
+    own = {path.name: _sha256(path) for path in sharded.write(temporary, checkpoint.tensors)}
+    return {name: digest for digests in gather_object([own]) for name, digest in digests.items()}
+
+
+def _finish(temporary: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
+    """Writes state and manifest; all files are on disk when this returns."""
+    state = temporary / "state.json"
+    state.write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2))
+    manifest = dict(sorted({**digests, state.name: _sha256(state)}.items()))
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     readable = 0o666 & ~_umask()
     for path in temporary.iterdir():
@@ -99,11 +142,10 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `newest` has verified."""
+def load(path: Path) -> Saved:
+    """Opens a checkpoint that `newest` has verified."""
     state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return Checkpoint(state.pop("step"), tensors, state)
+    return Saved(path, state.pop("step"), state)
 
 
 def _by_age(folder: Path) -> list[Path]:

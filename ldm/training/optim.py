@@ -8,7 +8,8 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from ldm.config import TrainingConfig
-from ldm.errors import RunError
+from ldm.training import sharded
+from ldm.training.checkpoint import Saved
 
 
 def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -62,9 +63,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Restores what `optimizer_tensors` gave."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
@@ -75,38 +80,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer) -> None:
+    """Puts weights, averages and optimiser back as the groups `model`, `ema` and `optimizer` of `saved` have them."""
+    parameters = _parameters(optimizer)
+    model.load_state_dict(saved.read("model", model.state_dict().get))
+    load_ema(ema, model, saved.read("ema", ema_tensors(ema, model).get), saved.step)
+    load_optimizer(optimizer, saved.read("optimizer", lambda name: parameters[int(name.split(".")[0])]))
+
+
 @contextmanager
-def averaged(ema: EMAModel, model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` has the averaged weights."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def averaged(ema: EMAModel, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Inside, `model` has the averaged weights. Gives a network with them that the main process can call alone."""
+    weights, averages = sharded.local(model.parameters()), sharded.local(ema.shadow_params)
+    kept = [weight.cpu().clone() for weight in weights]
+    torch._foreach_copy_(weights, averages)
     model.eval()
     try:
-        yield
+        yield sharded.whole(model)
     finally:
-        ema.restore(model.parameters())
+        torch._foreach_copy_(weights, kept)
         model.train()
-
-
-def check_finite(
-    loss: torch.Tensor,
-    gradient_norm: torch.Tensor,
-    *,
-    step: int,
-    learning_rate: float,
-    scaler: torch.amp.GradScaler | None = None,
-) -> None:
-    """Raises RunError, before the update, where the loss or the gradients' norm is not a finite number.
-
-    With fp16's `scaler` an infinite norm is an overflow: the scaler skips the update and lowers its scale, and only a
-    scale below 1 says that no scale helps.
-    """
-    faults = [(name, value) for name, value in (("loss", loss), ("gradient norm", gradient_norm))
-              if not torch.isfinite(value)]  # fmt: skip
-    if faults and faults[0][0] == "gradient norm" and scaler is not None and scaler.get_scale() >= 1:
-        return
-    for name, value in faults:
-        raise RunError(
-            f"step {step}: the {name} is {float(value)} at learning rate {learning_rate:.2e}; the last checkpoint "
-            "is intact: resume it with a lower training.learning_rate or with training.precision=fp32"
-        )

@@ -3,37 +3,41 @@
 import fcntl
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 
 from ldm import config as configuration
 from ldm import hub
-from ldm.config import RunConfig
+from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
-from ldm.training import checkpoint, precision
-from ldm.training.checkpoint import Checkpoint
+from ldm.training import checkpoint, precision, sharded
+from ldm.training.checkpoint import Saved
 
 FREE_ON_RESUME = {
     "output_dir",
     "resume.allow",
     "data.num_workers",
     *(f"training.{name}" for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
+    *(f"training.{name}" for name in ("num_processes", "timeout_seconds")),
 }
 """Keys of which the trained weights are no function."""
 
 
-def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoint | None]:
-    """Checks the run folder, which is not touched yet.
+def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Accelerator, Share, Saved | None]:
+    """Checks the run folder, which is not touched yet, and joins the processes. `can_shard`: whether the script knows
+    weights that are divided among them (FSDP2).
 
     Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from,
     None to begin.
 
     Raises:
         UserError: a fresh run would write into a used folder, or a resumed one has nothing to resume, or is not the
-            run it was.
+            run it was; or there are not as many processes as there should be.
     """
     folder = Path(config.output_dir)
     if not resume:
@@ -44,10 +48,7 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
         raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
     if resume:
         check_unchanged(config, folder / "config.yaml")
-    accelerator = Accelerator(
-        mixed_precision=precision.resolve(config.training.precision),
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-    )
+    accelerator = join_processes(config.training, can_shard)
     share = Share(
         config.training.batch_size,
         config.training.gradient_accumulation_steps,
@@ -55,6 +56,43 @@ def start(config: RunConfig, resume: bool) -> tuple[Accelerator, Share, Checkpoi
         accelerator.process_index,
     )
     return accelerator, share, None if newest is None else checkpoint.load(newest)
+
+
+def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
+    """Accelerate, over all processes of the run, which wait for each other at most `training.timeout_seconds`.
+
+    Raises:
+        UserError: there are not as many processes as there should be, or they divide weights that cannot be divided.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    # The run's own waiting (over gloo) ends first, with words, where NCCL's watchdog ends the process without.
+    timeout = timedelta(seconds=training.timeout_seconds + (0 if on_cpu else 60))
+    processes = PartialState(cpu=on_cpu, timeout=timeout)
+    _check_number(training.num_processes, processes.num_processes)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision.resolve(training.precision),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        fsdp_plugin=sharded.plugin(),
+    )
+    sharded.check(accelerator, can_shard)
+    return accelerator
+
+
+def _check_number(wanted: int | None, actual: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    remedy = "start them with torchrun --nproc-per-node=N, or on several GPUs with accelerate launch --multi_gpu"
+    if wanted is not None and wanted != actual:
+        raise UserError(f"training.num_processes {wanted}: {actual} train together; {remedy}, or set it to {actual}")
+    if started != actual:
+        raise UserError(f"{started} processes were started, and each would train alone; {remedy}")
+    # What `accelerate launch --cpu --num_processes 2` leaves in the environment of the only process it starts
+    forgotten = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ
+    if wanted is None and forgotten and "WORLD_SIZE" not in os.environ and actual == 1:
+        raise UserError(
+            f"accelerate launch was asked for several processes and started one; {remedy}, or set "
+            "training.num_processes=1"
+        )
 
 
 def claim(config: RunConfig, accelerator: Accelerator) -> Path:

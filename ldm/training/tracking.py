@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import distributed
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from torchvision.utils import save_image as save_grid
@@ -50,11 +51,16 @@ class Tracker:
             self.collected.setdefault(name, []).append(value.detach())
 
     def step(self, step: int, **metrics: float) -> dict[str, float] | None:
-        """After step `step` (1 is the first): on logging steps, writes and returns the means since the last."""
+        """After step `step` (1 is the first): on logging steps, writes and returns the means since the last, over all
+        processes, which all come here."""
         self.bar.update(self.training.batch_size)
         if step % self.training.log_every and step != 1:
             return None
-        means = {name: torch.stack(values).float().mean().item() for name, values in self.collected.items()}
+        values = torch.stack([torch.stack(values).float().mean() for values in self.collected.values()])
+        if distributed.is_initialized():
+            distributed.all_reduce(values)
+            values /= distributed.get_world_size()
+        means = dict(zip(self.collected, values.tolist(), strict=True))
         self.collected.clear()
         (before, then), now = self.logged_at, time.perf_counter()
         self.logged_at = step, now

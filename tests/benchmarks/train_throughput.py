@@ -32,7 +32,7 @@ from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, time
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
-from ldm.training import optim, precision
+from ldm.training import failure, optim, precision
 from ldm.training.randomness import generator, seed_dropout
 from pipelines.arguments import ArgumentParser
 from train.train_ldm import build_unet
@@ -109,6 +109,7 @@ def our_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel)
     ema.to(accelerator.device)
     if training.compile:
         model.compile()
+    guard = failure.Guard(accelerator, optimizer, Path())
     alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps).to(accelerator.device)
     embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(accelerator.device)
 
@@ -145,7 +146,8 @@ def our_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel)
         loss = error.mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optim.check_finite(loss, norm, step=number, learning_rate=rate)
+        guard.saw(loss, chosen)
+        guard.check(norm, step=number + 1, learning_rate=rate)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())

@@ -25,8 +25,8 @@ def test_round_trip_even_of_tensors_that_share_memory(tmp_path):
     path = checkpoint.save(tmp_path, make(7), keep=2)
     loaded = checkpoint.load(path)
     assert path.name == "step-000007" and loaded.step == 7 and loaded.state == {"note": "words"}
-    assert loaded.tensors["model"]["b.weight"].tolist() == [2.0, 3.0]
-    assert loaded.tensors["optimizer"]["0.step"].item() == 7.0
+    assert loaded.read("model")["b.weight"].tolist() == [2.0, 3.0]
+    assert loaded.read("optimizer")["0.step"].item() == 7.0
     assert not list(tmp_path.glob(".*"))
 
 

@@ -1,0 +1,178 @@
+"""Runs that go wrong: numbers that are not finite stop every process before the update, lost processes are told in
+words."""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+
+from ldm.errors import RunError, Stopped
+from ldm.training.checkpoint import Saved
+
+MOST_NAMED = 8  # samples in the message; failure.json has all
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What one optimiser step is judged by, alike on every process but for the samples."""
+
+    step: int
+    learning_rate: float
+    samples: list[torch.Tensor]
+    """Of this process, a micro-batch each."""
+    values: torch.Tensor
+    """(processes, 2): loss and gradient norm."""
+    event: torch.cuda.Event | None
+    """After it `values`, on its way from the device, is there."""
+
+
+class Guard:
+    """Stops all processes where the loss or the gradients' norm of any is not finite, and counts skipped updates.
+
+    The update is never made. On a CPU the numbers are looked at before it. On CUDA, where looking would make the
+    device wait in every step, fused AdamW is told on the device to leave everything as it is (as gradient scalers
+    tell it), and the numbers are looked at one step later, or by `settle` before anything is kept. Where that cannot
+    be told, with sharded weights or other optimisers, they are looked at before the update: one wait a step.
+
+    With fp16 an infinite norm is an overflow: the scaler skips the update and lowers its scale, and only a scale below
+    1 says that no scale helps. A skipped update counts as a step for the learning rate, but not for the moving average.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, folder: Path, resumed: Saved | None = None
+    ):
+        """`resumed`: the checkpoint that the run goes on from, which holds what `state` gave."""
+        self.accelerator, self.optimizer, self.folder = accelerator, optimizer, folder
+        # Accelerate's own `step_was_skipped` is never true of fused optimisers, which skip by themselves.
+        self.is_late = accelerator.device.type == "cuda" and accelerator.scaler is None and _can_skip(optimizer)
+        self.skipped_updates = 0
+        self.is_update = True
+        """Whether the update after the last `check` changes the weights, which fp16's scaler may prevent."""
+        self.losses: list[torch.Tensor] = []
+        self.samples: list[torch.Tensor] = []
+        self.unread: Numbers | None = None
+        if resumed is not None and accelerator.scaler is not None and "scaler" in resumed.state:
+            accelerator.scaler.load_state_dict(resumed.state["scaler"])
+            self.skipped_updates = resumed.state["skipped_updates"]
+
+    def saw(self, loss: torch.Tensor, samples: torch.Tensor) -> None:
+        """Notes the loss of one micro-batch and the numbers (B,) of its samples."""
+        self.losses.append(loss.detach().float())
+        self.samples.append(samples)
+
+    def check(self, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
+        """Before the update of step `step` (1 is the first). Raises RunError, on the main process; others exit."""
+        loss = torch.stack(self.losses).mean()
+        values = self.accelerator.gather(torch.stack([loss, torch.as_tensor(gradient_norm).to(loss)])[None])
+        if self.is_late:
+            _inner(self.optimizer).found_inf = (~values.isfinite().all()).float()
+        self.settle()
+        event = None
+        if self.is_late and values.is_cuda:
+            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.unread = Numbers(step, learning_rate, self.samples, values, event)
+        self.losses, self.samples = [], []
+        if not self.is_late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Looks at all numbers so far: what is saved after this is sound. Raises as `check` does."""
+        numbers, self.unread = self.unread, None
+        if numbers is None:
+            return
+        if numbers.event is not None:
+            numbers.event.synchronize()
+        losses, norms = numbers.values.cpu().T
+        if not losses.isfinite().all():
+            self._fail(numbers, "loss", losses)
+        scaler, self.is_update = self.accelerator.scaler, bool(norms.isfinite().all())
+        if not self.is_update and (scaler is None or scaler.get_scale() < 1):
+            self._fail(numbers, "gradient norm", norms)
+        self.skipped_updates += not self.is_update
+
+    def metrics(self) -> dict[str, float]:
+        """`skipped_updates` of this run so far, where any can be."""
+        return {} if self.accelerator.scaler is None else {"skipped_updates": self.skipped_updates}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of fp16: the scaler's state and the count."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else {"scaler": scaler.state_dict(), "skipped_updates": self.skipped_updates}
+
+    def _fail(self, numbers: Numbers, name: str, values: torch.Tensor) -> None:
+        """Every process comes here, as all see the same numbers; the main one tells and records."""
+        everyones = gather_object([torch.cat(numbers.samples).tolist()])
+        at_fault = [rank for rank, value in enumerate(values) if not value.isfinite()]
+        samples = [sample for rank in at_fault for sample in everyones[rank]]
+        if not self.accelerator.is_main_process:
+            raise SystemExit(1)
+        record = {
+            "step": numbers.step,
+            "learning_rate": numbers.learning_rate,
+            "fault": name,
+            "values": [str(float(value)) for value in values],
+            "processes": at_fault,
+            "samples": samples,
+        }
+        path = self.folder / "failure.json"
+        path.write_text(json.dumps(record, indent=2))
+        whose = "" if len(at_fault) == len(values) else f" of process {', '.join(map(str, at_fault))}"
+        named = ", ".join(map(str, samples[:MOST_NAMED])) + (" …" if len(samples) > MOST_NAMED else "")
+        raise RunError(
+            f"step {numbers.step}: the {name}{whose} is {float(values[at_fault[0]])} at learning rate "
+            f"{numbers.learning_rate:.2e} on samples {named} ({path} has all); the last checkpoint is intact: resume "
+            "it with a lower training.learning_rate or with training.precision=fp32"
+        )
+
+
+def in_words(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a script's `main`: where another process of the run is lost, RunError says so in one line."""
+
+    @functools.wraps(main)
+    def told(*arguments: Any) -> None:
+        try:
+            main(*arguments)
+        except (RunError, Stopped):
+            raise
+        except RuntimeError as error:
+            text = str(error)
+            if re.search("timed ?out", text, re.IGNORECASE) and _is_of_processes(text):
+                raise RunError(
+                    "another process of this run has not answered for training.timeout_seconds, and this one ends; the "
+                    "last checkpoint is intact: go on with --resume"
+                ) from None
+            if _is_of_processes(text):
+                raise RunError(
+                    "another process of this run has ended, and this one with it; the last checkpoint is intact: go on "
+                    "with --resume"
+                ) from None
+            raise
+
+    return told
+
+
+def _is_of_processes(text: str) -> bool:
+    return re.search("gloo|nccl|connection (closed|reset)|process ?group", text, re.IGNORECASE) is not None
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `found_inf` keeps the optimiser from an update."""
+    optimizer = _inner(optimizer)
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or not optimizer.defaults.get("fused"):
+        return False
+    return not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])

@@ -1,0 +1,133 @@
+"""Weights, averages and optimiser states divided among processes (FSDP2), and how they are kept on disk.
+
+Accelerate divides them, where it is launched with configs/accelerate/fsdp2.yaml. They are written by
+torch.distributed.checkpoint, every process its own shard, as safetensors whose headers say what part of which tensor
+is where: no other metadata, no pickle. Read back, they are divided anew among as many processes as there are.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import distributed, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ldm.errors import UserError
+
+Tensors = Mapping[str, torch.Tensor]
+Like = Callable[[str], torch.Tensor | None]
+
+
+def plugin() -> FullyShardedDataParallelPlugin | None:
+    """Accelerate's plugin, where the launcher asked for FSDP. Weights are gathered in fp32 and autocast as under DDP,
+    so that the arithmetic is the same."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("fsdp_version 1: only FSDP2 is known here; launch with configs/accelerate/fsdp2.yaml")
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+
+
+def check(accelerator: Accelerator, can_shard: bool) -> None:
+    """Raises UserError where weights would be divided by a script that does not know how."""
+    given = accelerator.state.__dict__.get("fsdp_plugin") or plugin()
+    if given is None or accelerator.num_processes == 1:
+        return
+    if not can_shard:
+        raise UserError(
+            "FSDP is for train_ldm.py and train_prior.py; this network is small: launch it with "
+            "configs/accelerate/eight_gpus.yaml"
+        )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # where torch can, and Accelerate does not ask it
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, given
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, whose FSDP2 leaves autocast out."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        model.to(memory_format=torch.contiguous_format)  # all that can be divided
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        forward = model.forward
+
+        def autocast_forward(*args, **kwargs):
+            with accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = autocast_forward
+    return model, optimizer
+
+
+def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's part of each tensor, detached; it shares the tensor's memory."""
+    return [tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """A network that one process can call alone: `model` itself, or on the main process a copy of all of its weights
+    where they are divided; all processes take part. A Diffusers model."""
+    if not isinstance(model, FSDPModule):
+        return model
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if distributed.get_rank() != 0:
+        return model
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    with init_empty_weights():
+        copy = kind.from_config(model.config)
+    copy.load_state_dict(state, assign=True)
+    return copy.to(model.device).eval()
+
+
+def write(folder: Path, tensors: Mapping[str, Tensors]) -> list[Path]:
+    """Every process writes its part of all groups of `tensors` to `folder`, all of them at once. Returns this
+    process's files, which are on disk."""
+    named = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    distributed_checkpoint.save(named, storage_writer=writer)
+    return sorted(folder.glob(f"shard-{distributed.get_rank() + 1:05d}-*.safetensors"))
+
+
+def is_written(folder: Path) -> bool:
+    """Whether `write` wrote the tensors of a checkpoint folder."""
+    return any(folder.glob("shard-*.safetensors"))
+
+
+def read(folder: Path, group: str, like: Like) -> dict[str, torch.Tensor]:
+    """A group of tensors that `write` wrote, each divided as what `like` gives for its name is, else whole."""
+    reader = HuggingFaceStorageReader(str(folder))
+    found = {}
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        name = key.removeprefix(f"{group}/")
+        if name == key:
+            continue
+        model = like(name)
+        if isinstance(model, DTensor) and model.shape == entry.size:
+            found[key] = torch.empty_like(model, dtype=entry.properties.dtype, requires_grad=False)
+        else:
+            found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    distributed_checkpoint.load(found, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(f"{group}/"): value for key, value in found.items()}
+
+
+def divided(tensors: Tensors, like: Like) -> dict[str, torch.Tensor]:
+    """Whole tensors, the same on every process, each divided as what `like` gives for its name is."""
+    return {name: _divided(value, like(name)) for name, value in tensors.items()}
+
+
+def _divided(value: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    if not isinstance(like, DTensor) or like.shape != value.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
