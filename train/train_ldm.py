@@ -173,11 +173,10 @@ def main() -> None:
             interruption.stop(stopped_by, done)
 
     # Export: averaged weights
-    ema.copy_to(unet.parameters())
-    network = sharded.whole(unet)
-    if accelerator.is_main_process:
-        task.save(network, folder / "model")
-        tracker.say(f"wrote {folder / 'model'}")
+    with optim.averaged(ema, unet) as network:
+        if accelerator.is_main_process:
+            task.save(network, folder / "model")
+            tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
     interruption.close()
     accelerator.end_training()

@@ -23,7 +23,7 @@ from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, failure, optim, precision, run, sharded
+from ldm.training import checkpoint, failure, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(PriorConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, PriorTransformer)
-    accelerator, share, resumed = run.start(config, arguments.resume, can_shard=True)
+    accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, None, clip_folder)
@@ -77,9 +77,8 @@ def main() -> None:
     alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
     precision.prepare(prior, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(prior, training)
-    mean, std = mean.to(accelerator.device), std.to(accelerator.device)
 
-    model, optimizer = sharded.prepare(accelerator, prior, optimizer)
+    model, optimizer = accelerator.prepare(prior, optimizer)
     ema = optim.moving_average(prior, training.ema_decay)
     first_step = 0
     if resumed is not None:
@@ -118,7 +117,7 @@ def main() -> None:
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
 
         with accelerator.accumulate(model):
-            x_0 = (batch["image_embeds"] - mean) / std
+            x_0 = (batch["image_embeds"] - prior.clip_mean) / prior.clip_std
             x_t = q_sample(x_0, alpha_bar[t], noise)
             x_0_hat = model(
                 x_t,
@@ -144,9 +143,8 @@ def main() -> None:
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, prior) as network:
-                if accelerator.is_main_process:
-                    tracker.log(done, **cosines(network, scheduler, data, config.seed, accelerator.device))
+            with optim.averaged(ema, prior):
+                tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
@@ -162,10 +160,9 @@ def main() -> None:
             interruption.stop(stopped_by, done)
 
     # Export: averaged weights
-    ema.copy_to(prior.parameters())
-    network = sharded.whole(prior)
     if accelerator.is_main_process:
-        network.save_pretrained(folder / "model" / "prior")
+        ema.copy_to(prior.parameters())
+        prior.save_pretrained(folder / "model" / "prior")
         scheduler.save_pretrained(folder / "model" / "prior_scheduler")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()

@@ -71,6 +71,8 @@ class Guard:
     def check(self, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
         """Before the update of step `step` (1 is the first). Raises RunError, on the main process; others exit."""
         loss = torch.stack(self.losses).mean()
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
         values = self.accelerator.gather(torch.stack([loss, torch.as_tensor(gradient_norm).to(loss)])[None])
         if self.is_late:
             _inner(self.optimizer).found_inf = (~values.isfinite().all()).float()

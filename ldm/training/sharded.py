@@ -42,7 +42,7 @@ def check(accelerator: Accelerator, can_shard: bool) -> None:
         return
     if not can_shard:
         raise UserError(
-            "FSDP is for train_ldm.py and train_prior.py; this network is small: launch it with "
+            "FSDP is for train_ldm.py; the networks of the other stages fit on every GPU: launch them with "
             "configs/accelerate/eight_gpus.yaml"
         )
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # where torch can, and Accelerate does not ask it
@@ -52,9 +52,14 @@ def check(accelerator: Accelerator, can_shard: bool) -> None:
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, whose FSDP2 leaves autocast out."""
+    """`accelerator.prepare`, whose FSDP2 leaves autocast out and stops where the configuration names blocks (that are
+    gathered one at a time) of which this network has none."""
     if accelerator.distributed_type == DistributedType.FSDP:
         model.to(memory_format=torch.contiguous_format)  # all that can be divided
+        settings = accelerator.state.fsdp_plugin
+        wanted = settings.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
+        there = {type(module).__name__ for module in model.modules()}
+        settings.transformer_cls_names_to_wrap = [name for name in wanted if name in there]
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.FSDP:
         forward = model.forward
