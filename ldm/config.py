@@ -25,15 +25,18 @@ class DataConfig:
     """Where captioned images come from. Images are read as (3, image_size, image_size) in [-1, 1]."""
 
     source: str = "shapes"
-    """`shapes`, `digits` (scikit-learn's), a folder of images, a parquet file or glob, or a Hub repository."""
+    """`shapes`, `digits` (scikit-learn's), a folder of images, a parquet file or glob, a Hub repository, or webdataset
+    tar shards: a file, a folder of them, a glob, a range such as shard-{000..003}.tar, or (streamed) URLs."""
     split: str = "train"
     """Split of a Hub repository or folder; of `shapes`: train, or test (captions never trained on); of `digits`: train,
     or test (every fifth)."""
     image_size: int = 32
     image_column: str | None = None
-    """Column with the image, or None for the only one that holds images."""
+    """Column with the image, or None for the only one that holds images. Of tar shards: the suffix, or None for
+    whichever of jpg, png … a sample has."""
     caption_column: str | None = None
-    """Column with the caption, or None where templates write it."""
+    """Column with the caption, or None where templates write it. Of tar shards: a suffix such as txt, or a field of the
+    .json member such as json.caption; templates take both, too."""
     caption_templates: list[str] = field(default_factory=list)
     """Captions over columns, such as "a photo of a {label}"; one is drawn for each sample and epoch, the first is the
     canonical one. Class labels become their names."""
@@ -45,7 +48,13 @@ class DataConfig:
     """Read only so many; the length of the series with `shapes`."""
     max_bad_fraction: float = 0.05
     """Images that cannot be decoded are skipped and named; more than this share of all stops the run."""
+    streaming: bool = False
+    """Read tar shards, parquet files or a Hub repository from one end to the other, each process its own shards, rather
+    than in any order: for data that fit neither in memory nor on the disk."""
+    shuffle_buffer: int = 1000
+    """When streaming, so many samples are read ahead and shuffled; shards are shuffled, too."""
     num_workers: int = 0
+    """Processes that decode images; when streaming, threads of one process."""
     aspect_buckets: bool = False
     """Whether cache_latents.py cuts each image to the size, of about image_size² pixels, nearest to its aspect ratio.
     CLIP and the autoencoder see squares either way."""
@@ -56,6 +65,9 @@ class DataConfig:
     """Of the longest of these sizes."""
 
     def __post_init__(self):
+        _require(self.shuffle_buffer > 0, "data.shuffle_buffer", self.shuffle_buffer, "> 0")
+        _require(not self.streaming or self.max_images is None, "data.max_images", self.max_images,
+                 "null with data.streaming, which has no end")  # fmt: skip
         _require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
         _require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
         _require(

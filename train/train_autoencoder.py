@@ -15,7 +15,6 @@ from dataclasses import replace
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ldm import config as configuration
 from ldm.autoencoders import kl
@@ -28,8 +27,9 @@ from ldm.autoencoders.sparse import SparseAutoencoder
 from ldm.autoencoders.variational import VariationalAutoencoder
 from ldm.clip import export
 from ldm.config import AutoencoderConfig
-from ldm.data.captions import CaptionedImages, as_is, open_images
-from ldm.data.order import MicroBatches, global_batch
+from ldm.data.batches import micro_batches, open_data, stream_state
+from ldm.data.captions import CaptionedImages
+from ldm.data.order import global_batch
 from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, failure, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
@@ -57,10 +57,11 @@ def main() -> None:
     configuration.check_arguments("model", config.model, CLASSES[config.kind])
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
-    data = open_images(config.data, config.seed)
+    data = open_data(config.data, config.seed, share.num_processes)
     test_data = None
     if config.test_split is not None:
-        test_data = open_images(replace(config.data, split=config.test_split, max_images=TEST_IMAGES), config.seed)
+        most = None if config.data.streaming else TEST_IMAGES
+        test_data = open_data(replace(config.data, split=config.test_split, max_images=most), config.seed)
 
     # Networks, optimisers, moving average
     torch.manual_seed(config.seed)
@@ -97,12 +98,7 @@ def main() -> None:
         model.compile()
 
     # Data: a pure function of the step
-    loader = DataLoader(
-        data,
-        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
-        num_workers=config.data.num_workers,
-        collate_fn=as_is,
-    )
+    loader = micro_batches(data, config, share, resumed)
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     interruption = Interruption(accelerator, training.timeout_seconds)
@@ -164,12 +160,15 @@ def main() -> None:
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
+            pictured = data.excerpt(GRID_IMAGES)
             with optim.averaged(ema, autoencoder):
-                tracker.pictures(done, reconstructions(autoencoder, data, accelerator.device), columns=GRID_IMAGES // 2)
+                pictures = reconstructions(autoencoder, pictured, accelerator.device)
+            tracker.pictures(done, pictures, columns=GRID_IMAGES // 2)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
+            state = guard.state() | stream_state(accelerator, data, batch)
             tensors = {
                 "model": autoencoder.state_dict(),
                 "ema": optim.ema_tensors(ema, autoencoder),
@@ -177,7 +176,7 @@ def main() -> None:
                 "discriminator": accelerator.unwrap_model(discriminator).state_dict(),
                 "discriminator_optimizer": optim.optimizer_tensors(discriminator_optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, state), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
@@ -187,10 +186,12 @@ def main() -> None:
         ema.copy_to(autoencoder.parameters())
         autoencoder.eval()
         if test_data is not None and config.kind != "kl":
-            tracker.log(training.max_steps, **measured(autoencoder, test_data, config, accelerator.device))
+            tracker.log(
+                training.max_steps, **measured(autoencoder, test_data.excerpt(TEST_IMAGES), config, accelerator.device)
+            )
         exported = folder / "model" / ("vae" if config.kind == "kl" else "autoencoder")
         if config.kind == "kl":
-            standardise(autoencoder, data, config, accelerator.device, tracker)
+            standardise(autoencoder, data.excerpt(config.statistics_images), config, accelerator.device, tracker)
         autoencoder.save_pretrained(exported)
         tracker.say(f"wrote {exported}")
     tracker.close()

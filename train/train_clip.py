@@ -11,7 +11,6 @@ import sys
 import torch
 from open_clip import ClipLoss
 from open_clip.loss import gather_features
-from torch.utils.data import DataLoader
 
 from ldm import config as configuration
 from ldm.clip import augment, export
@@ -19,8 +18,9 @@ from ldm.clip.model import build, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
 from ldm.clip.tokenizer import clip_tokenizer, encode, train_tokenizer
 from ldm.config import ClipConfig
-from ldm.data.captions import CaptionedImages, as_is, open_images
-from ldm.data.order import MicroBatches
+from ldm.data.batches import micro_batches, open_data, stream_state
+from ldm.data.captions import CaptionedImages
+from ldm.data.stream import CaptionedStream
 from ldm.errors import UserError, exit_code_of
 from ldm.training import checkpoint, failure, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ from pipelines.arguments import parse_training_arguments
 
 TOKENIZER_CAPTIONS = 50_000
 GRID_CAPTIONS = 16
+GRID_AMONG = 512
 
 
 @failure.in_words
@@ -45,7 +46,7 @@ def main() -> None:
         )
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
-    data = open_images(config.data, config.seed)
+    data = open_data(config.data, config.seed, share.num_processes)
 
     # Tokenizer, towers, optimiser, moving average
     torch.manual_seed(config.seed)
@@ -81,12 +82,7 @@ def main() -> None:
         wrapped.compile()
 
     # Data: a pure function of the step
-    loader = DataLoader(
-        data,
-        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
-        num_workers=config.data.num_workers,
-        collate_fn=as_is,
-    )
+    loader = micro_batches(data, config, share, resumed)
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     interruption = Interruption(accelerator, training.timeout_seconds)
@@ -158,18 +154,20 @@ def main() -> None:
         else:
             tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
+            pictured = data.excerpt(GRID_AMONG)
             with optim.averaged(ema, model):
-                tracker.pictures(done, retrieved(model, tokenizer, data, accelerator.device), columns=9)
+                tracker.pictures(done, retrieved(model, tokenizer, pictured, accelerator.device), columns=9)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
+            state = guard.state() | stream_state(accelerator, data, batch)
             tensors = {
                 "model": model.state_dict(),
                 "ema": optim.ema_tensors(ema, model),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, state), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
@@ -184,19 +182,17 @@ def main() -> None:
     accelerator.end_training()
 
 
-def make_tokenizer(config: ClipConfig, data: CaptionedImages):
+def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream):
     """CLIP's own tokenizer, or a BPE of `vocabulary_size` trained on the captions."""
     if config.vocabulary_size is None:
         return clip_tokenizer(config.context_length)
-    spread = range(0, len(data), max(1, len(data) // TOKENIZER_CAPTIONS))
-    captions = (caption for index in spread for caption in data.captions(index))
-    return train_tokenizer(captions, config.vocabulary_size, config.context_length)
+    return train_tokenizer(data.some_captions(TOKENIZER_CAPTIONS), config.vocabulary_size, config.context_length)
 
 
 @torch.no_grad()
 def retrieved(model: Slip, tokenizer, data: CaptionedImages, device: torch.device) -> torch.Tensor:
-    """Rows of an image and the eight images nearest to its caption, among the first 512: (N · 9, 3, S, S)."""
-    images = data.__getitems__([(0, index) for index in range(min(512, len(data)))])["images"]
+    """Rows of an image and the eight images nearest to its caption, among the first: (N · 9, 3, S, S)."""
+    images = data.__getitems__([(0, index) for index in range(min(GRID_AMONG, len(data)))])["images"]
     embeddings = model.clip.encode_image(images.to(device), normalize=True)
     rows: dict[str, int] = {}
     for index in range(len(images)):

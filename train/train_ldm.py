@@ -29,15 +29,14 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig
 
 from ldm import config as configuration
 from ldm.clip import export
 from ldm.config import LdmConfig
-from ldm.data.captions import as_is, open_images
+from ldm.data.batches import micro_batches, open_data, stream_state
 from ldm.data.latents import CachedLatents
-from ldm.data.order import MicroBatches, Share
+from ldm.data.order import Share
 from ldm.data.pixels import Pixels
 from ldm.diffusion import importance
 from ldm.diffusion.embedding_noise import noised_embedding
@@ -72,7 +71,8 @@ def main() -> None:
 
     # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
     torch.manual_seed(config.seed)
-    task = in_pixel_space(config) if config.autoencoder == "none" else in_latent_space(config, accelerator.device)
+    in_pixels = config.autoencoder == "none"
+    task = in_pixel_space(config, share) if in_pixels else in_latent_space(config, accelerator.device)
     unet = task.unet.to(memory_format=torch.channels_last)
     precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
     optimizer = optim.adamw(unet, training)
@@ -94,12 +94,7 @@ def main() -> None:
         model.compile()
 
     # Data: a pure function of the step
-    loader = DataLoader(
-        task.data,
-        batch_sampler=MicroBatches(len(task.data), share, config.seed, first_step, training.max_steps),
-        num_workers=config.data.num_workers,
-        collate_fn=as_is,
-    )
+    loader = micro_batches(task.data, config, share, resumed)
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     interruption = Interruption(accelerator, training.timeout_seconds)
@@ -160,6 +155,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
+            state = guard.state() | stream_state(accelerator, task.data, batch)
             tensors = {
                 "model": unet.state_dict(),
                 "ema": optim.ema_tensors(ema, unet),
@@ -167,7 +163,7 @@ def main() -> None:
             }
             if config.timestep_sampling == "importance":
                 tensors["importance"] = {"history": history}
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, state), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
@@ -275,10 +271,11 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     return Task(data, unet, conditions, drawn, save)
 
 
-def in_pixel_space(config: LdmConfig) -> Task:
+def in_pixel_space(config: LdmConfig, share: Share) -> Task:
     """Images as they are, and a U-Net that is told the time and, if so configured, the caption's class."""
     configuration.check_arguments("model", config.model, UNet2DModel)
-    data = Pixels(open_images(config.data, config.seed), config.greyscale, config.class_conditional)
+    images = open_data(config.data, config.seed, share.num_processes)
+    data = Pixels(images, config.greyscale, config.class_conditional)
     channels, side, _ = data.latent_shape
     sizes = {
         "in_channels": channels,

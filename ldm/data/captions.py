@@ -1,21 +1,22 @@
-"""Captioned images from a Hub repository, a folder, parquet files, scikit-learn's digits, or `ldm.data.shapes`."""
+"""Captioned images from a Hub repository, a folder, parquet files, tar shards, scikit-learn's digits, or
+`ldm.data.shapes`."""
 
+import glob
 import re
-import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel
 from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
-from ldm.data import shapes
+from ldm.data import shapes, tars
+from ldm.data.columns import caption_columns, make_captions, words
 from ldm.data.decode import open_picture, to_square
 from ldm.errors import RunError, UserError
 from ldm.training import randomness
@@ -52,6 +53,15 @@ class CaptionedImages(torch.utils.data.Dataset):
     def captions(self, index: int) -> list[str]:
         """Every caption of sample `index`; the first is the canonical one."""
         return self._read_captions(index)
+
+    def some_captions(self, count: int) -> Iterator[str]:
+        """Captions of about `count` samples, evenly spread."""
+        for index in range(0, len(self), max(1, len(self) // count)):
+            yield from self.captions(index)
+
+    def excerpt(self, count: int) -> "CaptionedImages":
+        """A data set of at least `count` samples, where there are so many: this one. Streams have another answer."""
+        return self
 
     def open(self, index: int) -> Image.Image:
         """The picture of sample `index` as it is stored; only its header is read yet."""
@@ -135,12 +145,17 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
     Raises:
         UserError: no such source, a column that is not there (those that are get listed), or no caption given.
     """
+    if config.streaming:
+        raise UserError(f"data.streaming: {config.source} has to be read in any order here; set it to false")
     if config.source == "shapes":
         return _open_shapes(config, seed)
     if config.source == "digits":
         return _open_digits(config, seed)
     if is_folder_of_text_files(config.source):
         return _open_text_files(config, seed, Path(config.source))
+    if tars.is_tars(config.source):
+        read_image, captions = tars.index(config)
+        return CaptionedImages(config, seed, read_image, lambda index: captions[index], len(captions))
     table = load_table(config)
     image_column = image_column_of(config, table)
     caption_of = _caption_reader(config, table, image_column)
@@ -164,30 +179,36 @@ def is_folder_of_text_files(source: str) -> bool:
     return folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt"))
 
 
-def load_table(config: DataConfig) -> datasets.Dataset:
-    """The table of a parquet file, a folder with metadata or a Hub repository. Raises UserError where there is none."""
+def load_table(config: DataConfig, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """The table of a parquet file, a folder with metadata or a Hub repository; `streaming`: as an iterable one, of
+    parquet files and Hub repositories alone. Raises UserError where there is none."""
     source = config.source
     try:
         if source.endswith(".parquet"):
-            if not any(Path().glob(source) if not Path(source).is_absolute() else [Path(source)]):
+            if not glob.glob(source, recursive=True):
                 raise UserError(f"data.source {source}: no such file")
-            return datasets.load_dataset("parquet", data_files=source, split="train")
+            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=streaming)
         if Path(source).is_dir():
             if parquet := sorted(str(path) for path in Path(source).glob("*.parquet")):
                 raise UserError(f"data.source {source}: name one of its parquet files: {', '.join(parquet)}")
             if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(source).rglob("*")):
                 raise UserError(f"data.source {source}: no images there")
+        if streaming and (Path(source).is_dir() or source in ("shapes", "digits")):
+            raise UserError(
+                f"data.streaming: {source} is no tar shards, parquet files or Hub repository; set it to false"
+            )
+        if Path(source).is_dir():
             return datasets.load_dataset("imagefolder", data_dir=source, split=config.split)
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
             raise UserError(f"data.source {source}: no such file or folder, nor the name of a Hub repository")
-        return datasets.load_dataset(source, split=config.split)
+        return datasets.load_dataset(source, split=config.split, streaming=streaming)
     except UserError:
         raise
     except Exception as error:  # every fault of the data set's own files or of the network, in one line
         raise UserError(f"data.source {source}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 
-def image_column_of(config: DataConfig, table: datasets.Dataset) -> str:
+def image_column_of(config: DataConfig, table: datasets.Dataset | datasets.IterableDataset) -> str:
     """The column named, or the only one of images: of that type, or of {bytes, path} as parquet files have it."""
     there = f"{config.source} has the columns {', '.join(table.column_names)}"
     if config.image_column is not None:
@@ -206,60 +227,12 @@ def image_column_of(config: DataConfig, table: datasets.Dataset) -> str:
 
 
 def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: str) -> Callable[[int], list[str]]:
-    columns = [name for name in table.column_names if name != image_column]
+    needed = caption_columns(config, table.column_names, image_column)
     if config.caption_column is not None:
-        if config.caption_column not in columns:
-            raise UserError(
-                f"data.caption_column {config.caption_column!r}: {config.source} has no such column; "
-                f"it has {', '.join(table.column_names)}"
-            )
         captions = table[config.caption_column]
         return lambda index: [str(captions[index])]
-    if not config.caption_templates:
-        raise UserError(
-            f"data: set caption_column or caption_templates, such as 'a photo of a {{label}}'; "
-            f"{config.source} has the columns {', '.join(table.column_names)}"
-        )
-    needed = {
-        name for template in config.caption_templates for _, name, _, _ in string.Formatter().parse(template) if name
-    }
-    if absent := sorted(needed - set(columns)):
-        raise UserError(
-            f"data.caption_templates name {absent[0]!r}: {config.source} has no such column; "
-            f"it has {', '.join(table.column_names)}"
-        )
-    values = {name: _names(table, name, config.label_names) for name in sorted(needed)}
-
-    def captions_of(index: int) -> list[str]:
-        row = {name: column[index] for name, column in values.items()}
-        return [fill_template(template, row) for template in config.caption_templates]
-
-    return captions_of
-
-
-def _names(table: datasets.Dataset, column: str, label_names: list[str]) -> list[str]:
-    """A column as words: class labels become their names."""
-    feature = table.features[column]
-    values = list(table[column])
-    names = feature.names if isinstance(feature, ClassLabel) else label_names
-    if names and values and isinstance(values[0], int):
-        if max(values) >= len(names):
-            raise UserError(f"data.label_names has {len(names)} names, but column {column!r} holds {max(values)}")
-        return [names[value] for value in values]
-    return [str(value) for value in values]
-
-
-def fill_template(template: str, row: dict[str, str]) -> str:
-    """The template with its columns filled in; "a {label}" becomes "an airplane" where the word asks for it."""
-    text = ""
-    for literal, name, _, _ in string.Formatter().parse(template):
-        text += literal
-        if name:
-            value = row[name]
-            if value[:1].lower() in "aeiou" and re.search(r"\b[Aa] $", text):
-                text = text[:-1] + "n "
-            text += value
-    return text
+    values = {name: [words(config, table.features[name], name, value) for value in table[name]] for name in needed}
+    return lambda index: make_captions(config, {name: column[index] for name, column in values.items()})
 
 
 def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedImages:

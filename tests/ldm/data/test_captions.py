@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ldm.config import DataConfig
-from ldm.data.captions import fill_template, open_images
+from ldm.data.captions import open_images
+from ldm.data.columns import fill_template
 from ldm.data.decode import open_picture
 from ldm.errors import RunError, UserError
 

@@ -1,0 +1,88 @@
+"""From a data set to the micro-batches of this process, in any order or streamed, and back to where it was left."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, astuple
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ldm.config import DataConfig, RunConfig
+from ldm.data.captions import CaptionedImages, as_is, open_images
+from ldm.data.latents import CachedLatents
+from ldm.data.order import MicroBatches, Share
+from ldm.data.pixels import Pixels
+from ldm.data.shards import open_shards
+from ldm.data.stream import CaptionedStream, Position, Reader
+from ldm.errors import RunError, UserError
+from ldm.training.checkpoint import Saved
+
+
+def open_data(config: DataConfig, seed: int, num_processes: int = 1) -> CaptionedImages | CaptionedStream:
+    """`open_images`, or with data.streaming the stream that `num_processes` share. Raises UserError as that does."""
+    if not config.streaming:
+        return open_images(config, seed)
+    stream = CaptionedStream(config, seed, open_shards(config, num_processes))
+    stream.own_shards(0, num_processes)
+    return stream
+
+
+def micro_batches(
+    data: CaptionedImages | CachedLatents | Pixels | CaptionedStream,
+    config: RunConfig,
+    share: Share,
+    resumed: Saved | None,
+) -> Iterator[dict[str, Any]]:
+    """Every micro-batch of this process from step 0, or the resumed one, up to training.max_steps. Which samples they
+    hold is a function of the step; of a stream, of the position it was left in.
+
+    Raises:
+        UserError: a stream was read by another number of processes, or from another number of shards.
+    """
+    first_step, workers = 0 if resumed is None else resumed.step, config.data.num_workers
+    stream = data.images if isinstance(data, Pixels) else data
+    if isinstance(stream, CaptionedStream):
+        count = (config.training.max_steps - first_step) * share.accumulation
+        reader = Reader(stream, share, count, _position(stream, share, resumed))
+        collate = data.prepared if isinstance(data, Pixels) else as_is
+        loader = DataLoader(reader, batch_size=None, num_workers=min(workers, 1), collate_fn=collate)
+    else:
+        order = MicroBatches(len(data), share, config.seed, first_step, config.training.max_steps)
+        loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=as_is)
+    return _in_one_line(loader)
+
+
+def _in_one_line(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """What `loader` gives; a worker's error comes without the traceback that DataLoader writes around it."""
+    try:
+        yield from loader
+    except (UserError, RunError) as error:
+        raise type(error)(str(error).rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
+
+
+def stream_state(accelerator: Accelerator, data: object, batch: dict[str, Any]) -> dict[str, Any]:
+    """For a checkpoint: where every process is in the stream after `batch`, or nothing where none is streamed. Every
+    process has to call it."""
+    if "position" not in batch:
+        return {}
+    stream = data.images if isinstance(data, Pixels) else data
+    own = torch.tensor([astuple(batch["position"])], device=accelerator.device)
+    positions = [asdict(Position(*numbers)) for numbers in accelerator.gather(own).tolist()]
+    return {"stream": {"shards": stream.shards.count, "positions": positions}}
+
+
+def _position(stream: CaptionedStream, share: Share, resumed: Saved | None) -> Position:
+    if resumed is None or "stream" not in resumed.state:
+        return Position()
+    state, source = resumed.state["stream"], stream.config.source
+    if len(state["positions"]) != share.num_processes:
+        raise UserError(
+            f"--resume: {len(state['positions'])} processes were reading {source}, and {share.num_processes} cannot "
+            "go on from where each of them was; start as many as before"
+        )
+    if state["shards"] != stream.shards.count:
+        raise UserError(
+            f"--resume: {source} had {state['shards']} shards and has {stream.shards.count}; put back those it had"
+        )
+    return Position(**state["positions"][share.rank])

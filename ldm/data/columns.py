@@ -1,0 +1,66 @@
+"""Which columns captions are made of, and how."""
+
+import re
+import string
+from collections.abc import Collection
+
+from datasets import ClassLabel
+
+from ldm.config import DataConfig
+from ldm.errors import UserError
+
+
+def caption_columns(config: DataConfig, columns: Collection[str], image_column: str | None = None) -> list[str]:
+    """What captions are made of: `caption_column`, or the columns that the templates name.
+
+    Raises:
+        UserError: neither is set, or one is not among `columns`, or is the image's; those that are get listed.
+    """
+    there = f"it has {', '.join(columns)}"
+    if config.caption_column is not None:
+        if config.caption_column not in columns or config.caption_column == image_column:
+            raise UserError(
+                f"data.caption_column {config.caption_column!r}: {config.source} has no such column; {there}"
+            )
+        return [config.caption_column]
+    if not config.caption_templates:
+        raise UserError(
+            f"data: set caption_column or caption_templates, such as 'a photo of a {{label}}'; "
+            f"{config.source} has the columns {', '.join(columns)}"
+        )
+    needed = {
+        name for template in config.caption_templates for _, name, _, _ in string.Formatter().parse(template) if name
+    }
+    if absent := sorted(needed - (set(columns) - {image_column})):
+        raise UserError(f"data.caption_templates name {absent[0]!r}: {config.source} has no such column; {there}")
+    return sorted(needed)
+
+
+def make_captions(config: DataConfig, row: dict[str, str]) -> list[str]:
+    """The captions of a row of `caption_columns`, whose values are words: the column, or each template filled in."""
+    if config.caption_column is not None:
+        return [row[config.caption_column]]
+    return [fill_template(template, row) for template in config.caption_templates]
+
+
+def words(config: DataConfig, feature: object, column: str, value: object) -> str:
+    """A value as words: class labels become their names, of the data set or `label_names`."""
+    names = feature.names if isinstance(feature, ClassLabel) else config.label_names
+    if not names or not isinstance(value, int):
+        return str(value)
+    if not 0 <= value < len(names):
+        raise UserError(f"data.label_names has {len(names)} names, but column {column!r} holds {value}")
+    return names[value]
+
+
+def fill_template(template: str, row: dict[str, str]) -> str:
+    """The template with its columns filled in; "a {label}" becomes "an airplane" where the word asks for it."""
+    text = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        text += literal
+        if name:
+            value = row[name]
+            if value[:1].lower() in "aeiou" and re.search(r"\b[Aa] $", text):
+                text = text[:-1] + "n "
+            text += value
+    return text
