@@ -8,19 +8,17 @@ from tqdm import tqdm
 
 from ldm.clip.tokenizer import clip_tokenizer
 from ldm.config import DataConfig
-from ldm.data.captions import (
-    CaptionedImages,
-    image_column_of,
-    is_folder_of_text_files,
-    load_table,
-    open_images,
-)
+from ldm.data import tars
+from ldm.data.batches import open_data
+from ldm.data.captions import CaptionedImages, image_column_of, is_folder_of_text_files, load_table
 from ldm.errors import RunError
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
+TEXT_SUFFIXES = ("txt", "text", "caption")
 ROWS = 3
 NAMED = 5
 CONTEXT_LENGTH = 77
+EXCERPT = 1000
 
 
 def findings(source: str, split: str) -> Iterator[str]:
@@ -31,13 +29,21 @@ def findings(source: str, split: str) -> Iterator[str]:
         UserError: no such source, or nothing in it that holds images or captions.
     """
     config = DataConfig(source=source, split=split, image_size=32, max_bad_fraction=1.0)
-    if not is_folder_of_text_files(source) and source not in ("shapes", "digits"):
+    if tars.is_tars(source):
+        shards = tars.shards_of(source)
+        yield f"{len(shards):,} shards, columns: " + ", ".join(
+            f"{n} ({_tar_kind(n)})" for n in tars.columns_of(shards[0])
+        )
+        config = proposed_of_tars(config, shards)
+    elif not is_folder_of_text_files(source) and source not in ("shapes", "digits"):
         table = load_table(config)
         yield f"{len(table):,} rows, columns: " + ", ".join(f"{n} ({_kind(f)})" for n, f in table.features.items())
         config = proposed(config, table)
-    data = open_images(config, seed=0)
+    data = open_data(config, seed=0).excerpt(EXCERPT)
+    if config.streaming:
+        yield f"of URLs, only the first {len(data):,} samples that can be decoded are looked at"
     yield "data:"
-    for name in ("source", "split", "image_column", "caption_column", "caption_templates"):
+    for name in ("source", "split", "streaming", "image_column", "caption_column", "caption_templates"):
         if value := getattr(config, name):
             yield f"  {name}: {value}"
     for index in range(min(ROWS, len(data))):
@@ -59,6 +65,24 @@ def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
     labels = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     templates = [f"a photo of a {{{labels[0]}}}"] if labels else []
     return dataclasses.replace(config, image_column=image, caption_templates=templates)
+
+
+def proposed_of_tars(config: DataConfig, shards: list[str]) -> DataConfig:
+    """The same for tar shards, whose texts are members or fields of JSON. Those at URLs are streamed."""
+    columns = tars.columns_of(shards[0])
+    config = dataclasses.replace(config, streaming=any(tars.is_url(shard) for shard in shards))
+    texts = [name for name in columns if _tar_kind(name) == "string"]
+    named = [name for known in (*TEXT_SUFFIXES, *CAPTION_NAMES) for name in texts if name.split(".")[-1] == known]
+    if texts:
+        return dataclasses.replace(config, caption_column=(named or texts)[0])
+    labels = [name for name in columns if name == "cls"]
+    return dataclasses.replace(config, caption_templates=[f"a photo of a {{{name}}}" for name in labels])
+
+
+def _tar_kind(column: str) -> str:
+    if tars.is_picture(column):
+        return "image"
+    return "string" if column in TEXT_SUFFIXES or column.startswith(("json.", "jsn.")) else "other"
 
 
 def _kind(feature: object) -> str:

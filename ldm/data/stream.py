@@ -2,8 +2,8 @@
 
 The shards number r, r + W, … belong to process r of W, for good. In every epoch it reads them in an order drawn from
 (seed, epoch), in blocks of `data.shuffle_buffer` samples, and each block in an order drawn from (seed, epoch, its first
-sample). So a place in the stream is a few numbers, a `Position`, and to go on from it costs the reading of a part of one
-shard and of one block.
+sample). So a place in the stream is a few numbers, a `Position`, and to go on from it costs the reading of a part of
+one shard and of one block.
 """
 
 import itertools

@@ -218,7 +218,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
         ({"caption_column": "text"}, "caption_column 'text'.*it has picture, label, number"),
         ({"caption_templates": ["a {lable}"]}, "name 'lable'.*it has picture, label, number"),
         ({"caption_templates": []}, "set caption_column or caption_templates.*label, number"),
-        ({"label_names": ["red"], "caption_templates": ["{number}"]}, "label_names has 1 names.*holds 2"),
+        ({"label_names": ["red"], "caption_templates": ["{number}"]}, "label_names has 1 names.*holds 1"),
         ({"source": "absent.parquet"}, "absent.parquet: no such file"),
         ({"source": "./absent"}, "absent: no such file or folder"),
     ],
