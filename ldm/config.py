@@ -98,11 +98,6 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
-    average_lengths: list[float] = field(default_factory=list)
-    """In train_ldm.py, lengths of power-function averages that are kept beside, such as [0.05, 0.1]: from their
-    snapshots `ldm average` makes one of any length once training is over (Karras et al. 2024)."""
-    snapshot_every: int = 500
-    """Steps between the snapshots of those averages."""
     optimizer: str = "adamw"
     """`adamw`, or `adamw_8bit`, bitsandbytes' with 8-bit moments."""
     precision: str = "auto"
@@ -128,7 +123,7 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
-        for name in ("checkpoint_every", "keep_checkpoints", "snapshot_every"):
+        for name in ("checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
         _require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
@@ -136,8 +131,6 @@ class TrainingConfig:
                  "> 0 or null")  # fmt: skip
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
-        for length in self.average_lengths:
-            _require(0 < length <= 0.28, "training.average_lengths", length, "in (0, 0.28]")
         _choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
         _choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
@@ -279,6 +272,16 @@ class LdmConfig(RunConfig):
     """The part of both in which caption and image embedding are dropped together."""
     max_noise_level: int = 0
     """Image embeddings are noised to a level drawn from 0 … max_noise_level."""
+    validation_cache: str | None = None
+    """Folder that cache_latents.py wrote of other images, of the same encoders: their loss at fixed timesteps is logged
+    when samples are drawn."""
+    validation_split: str | None = None
+    """In pixel space, the split of `data.source` for that."""
+    average_lengths: list[float] = field(default_factory=list)
+    """Lengths of power-function averages of the weights that are kept beside, such as [0.05, 0.1]: from their snapshots
+    `ldm average` makes one of any length once training is over (Karras et al. 2024)."""
+    snapshot_every: int = 500
+    """Steps between those snapshots."""
     sample_guidance_scale: float = 3.0
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids; none draws none. In pixel space grids are drawn without."""
@@ -311,6 +314,12 @@ class LdmConfig(RunConfig):
              "false with prediction_type=epsilon: noise without an image says nothing of one; take v_prediction"),
             (simple or not self.zero_terminal_snr, "zero_terminal_snr",
              f"false with objective={self.objective}: the bound is not finite there"),
+            (not in_pixels or self.validation_cache is None, "validation_cache",
+             "null in pixel space, which reads images; set validation_split"),
+            (in_pixels or self.validation_split is None, "validation_split",
+             "null unless autoencoder is none; set validation_cache"),
+            (all(0 < length <= 0.28 for length in self.average_lengths), "average_lengths", "each in (0, 0.28]"),
+            (self.snapshot_every > 0, "snapshot_every", "> 0"),
             (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
             (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
             (not in_pixels or not self.sample_prompts, "sample_prompts",

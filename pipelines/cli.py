@@ -87,7 +87,7 @@ def _parser() -> ArgumentParser:
     checking.set_defaults(command=data_check)
 
     averaging = commands.add_parser("average", help="a trained U-Net with an average of its weights of another length")
-    averaging.add_argument("run", metavar="RUN", help="run of train_ldm.py with training.average_lengths")
+    averaging.add_argument("run", metavar="RUN", help="run of train_ldm.py with average_lengths")
     averaging.add_argument(
         "--length", metavar="L", type=float, required=True, help="share of the training, such as 0.1"
     )
@@ -180,7 +180,7 @@ def average(arguments: argparse.Namespace) -> None:
     from ldm.training import averages
 
     step, weights = averages.combined(run / "averages", arguments.length, arguments.step)
-    unet = AutoModel.from_pretrained(run / "model" / "unet")
+    unet = AutoModel.from_pretrained(str(run / "model" / "unet"))
     unet.load_state_dict(weights)
     shutil.copytree(run / "model", output / "model")
     unet.save_pretrained(output / "model" / "unet")

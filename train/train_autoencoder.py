@@ -11,8 +11,10 @@ autoencoder of `ldm.autoencoders`, measures it on `test_split` and leaves `<outp
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -31,7 +33,7 @@ from ldm.data.batches import micro_batches, open_data, stream_state
 from ldm.data.captions import CaptionedImages
 from ldm.data.order import global_batch
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, failure, optim, precision, run
+from ldm.training import checkpoint, failure, memory, optim, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -67,7 +69,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     autoencoder = build(config)
     autoencoder.to(memory_format=torch.channels_last)
-    precision.prepare(autoencoder, accelerator.mixed_precision, accelerator.device)
+    run.ready(autoencoder, training, accelerator)
     if config.kind == "kl":
         noise_shape = kl.latent_shape(autoencoder, config.data.image_size)
         model = kl.Reconstruction(autoencoder)
@@ -75,12 +77,16 @@ def main() -> None:
         noise_shape = autoencoder.noise_shape
         model = autoencoder
     discriminator = PatchDiscriminator(config.discriminator_channels)
-    optimizer = optim.adamw(model, training)
-    discriminator_optimizer = optim.adamw(discriminator, training)
     perceptual = None
     if config.perceptual_weight:
         clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
-        perceptual = PerceptualDistance(export.load(clip_folder).image_encoder)
+        perceptual = PerceptualDistance(export.load(clip_folder).image_encoder).to(accelerator.device)
+    if training.find_micro_batch:
+        share = memory.fitting_share(
+            accelerator, share, model, partial(try_step, config, accelerator, model, perceptual, noise_shape), resumed
+        )
+    optimizer = optim.adamw(model, training)
+    discriminator_optimizer = optim.adamw(discriminator, training)
 
     model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         model, discriminator, optimizer, discriminator_optimizer
@@ -92,10 +98,6 @@ def main() -> None:
         optim.restore(resumed, autoencoder, ema, optimizer)
         accelerator.unwrap_model(discriminator).load_state_dict(resumed.read("discriminator"))
         optim.load_optimizer(discriminator_optimizer, resumed.read("discriminator_optimizer"))
-    if perceptual is not None:
-        perceptual.to(accelerator.device)
-    if training.compile:
-        model.compile()
 
     # Data: a pure function of the step
     loader = micro_batches(data, config, share, resumed)
@@ -168,7 +170,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | stream_state(accelerator, data, batch)
+            state = guard.state() | share.state() | stream_state(accelerator, data, batch)
             tensors = {
                 "model": autoencoder.state_dict(),
                 "ema": optim.ema_tensors(ema, autoencoder),
@@ -220,6 +222,27 @@ def build(config: AutoencoderConfig) -> nn.Module:
                 f"{config.data.image_size}"
             )
     return autoencoder
+
+
+def try_step(
+    config: AutoencoderConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    perceptual: nn.Module | None,
+    noise_shape: tuple[int, ...],
+    micro_batch_size: int,
+) -> None:
+    """The gradients of so many samples, for the memory they take; the discriminator's is little."""
+    side = config.data.image_size
+    x = torch.zeros(micro_batch_size, 3, side, side, device=accelerator.device)
+    noise = torch.zeros(micro_batch_size, *noise_shape, device=accelerator.device)
+    with accelerator.autocast():
+        if config.kind == "kl":
+            x_hat, _, _ = model(x.contiguous(memory_format=torch.channels_last), noise)
+            loss = x_hat.float().mean() + (0 if perceptual is None else perceptual(x_hat, x))
+        else:
+            loss = model(in_unit_range(x, model), noise)["loss"]
+    loss.backward()
 
 
 def in_unit_range(x: torch.Tensor, autoencoder: nn.Module) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ldm.data.batches import micro_batches, open_data, stream_state
 from ldm.data.captions import CaptionedImages
 from ldm.data.stream import CaptionedStream
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, failure, optim, precision, run
+from ldm.training import checkpoint, failure, memory, optim, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -44,6 +44,7 @@ def main() -> None:
             f"training.gradient_accumulation_steps {config.training.gradient_accumulation_steps}: the contrastive loss "
             "compares a whole batch at once; set 1 and lower training.batch_size, or use more processes"
         )
+    memory.refuse_search(config.training, "the contrastive loss compares a whole batch at once")
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
     data = open_data(config.data, config.seed, share.num_processes)
@@ -65,7 +66,7 @@ def main() -> None:
         tokenizer = started_from.tokenizer
         clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
     embedding_dim = clip.text_projection.shape[1]
-    precision.prepare(clip, accelerator.mixed_precision, accelerator.device)
+    run.ready(clip, training, accelerator)
     model = Slip(clip, embedding_dim)
     optimizer = optim.adamw(model, training)
     contrastive_loss = ClipLoss(
@@ -78,8 +79,6 @@ def main() -> None:
     if resumed is not None:
         first_step = resumed.step
         optim.restore(resumed, model, ema, optimizer)
-    if training.compile:
-        wrapped.compile()
 
     # Data: a pure function of the step
     loader = micro_batches(data, config, share, resumed)

@@ -10,22 +10,17 @@ a class (Ho et al. 2020; Ho & Salimans 2022). Leaves in `<output_dir>/model` wha
 variance is not learned, DDIMPipeline open; with classes, their captions in classes.json.
 """
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     PriorTransformer,
     UNet2DConditionModel,
-    UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
@@ -34,13 +29,11 @@ from transformers import CLIPTextConfig
 from ldm import config as configuration
 from ldm.clip import export
 from ldm.config import LdmConfig
-from ldm.data.batches import micro_batches, open_data, stream_state
+from ldm.data.batches import micro_batches, stream_state
 from ldm.data.latents import CachedLatents
 from ldm.data.order import Share
-from ldm.data.pixels import Pixels
 from ldm.diffusion import importance
 from ldm.diffusion.embedding_noise import noised_embedding
-from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar, zero_terminal_snr
@@ -51,15 +44,14 @@ from ldm.diffusion.variational_bound import (
     hybrid_loss,
 )
 from ldm.errors import exit_code_of
-from ldm.training import checkpoint, failure, optim, precision, run, sharded
+from ldm.training import averages, checkpoint, failure, memory, optim, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
+from ldm.training.task import Task, in_pixel_space, schedule_settings, try_step, validation_losses
 from ldm.training.tracking import Tracker
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import parse_training_arguments
-
-GRID_IMAGES = 64
 
 
 @failure.in_words
@@ -74,7 +66,9 @@ def main() -> None:
     in_pixels = config.autoencoder == "none"
     task = in_pixel_space(config, share) if in_pixels else in_latent_space(config, accelerator.device)
     unet = task.unet.to(memory_format=torch.channels_last)
-    precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
+    run.ready(unet, training, accelerator)
+    if training.find_micro_batch:
+        share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), resumed)
     optimizer = optim.adamw(unet, training)
     alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
     if config.zero_terminal_snr:
@@ -84,14 +78,14 @@ def main() -> None:
 
     model, optimizer = sharded.prepare(accelerator, unet, optimizer)
     ema = optim.moving_average(unet, training.ema_decay)
+    power_averages = averages.power_averages(unet, config.average_lengths)
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
         optim.restore(resumed, unet, ema, optimizer)
+        averages.restore(resumed, power_averages, unet)
         if config.timestep_sampling == "importance":
             history = resumed.read("importance")["history"]
-    if training.compile:
-        model.compile()
 
     # Data: a pure function of the step
     loader = micro_batches(task.data, config, share, resumed)
@@ -142,25 +136,33 @@ def main() -> None:
             history = importance.remember(history, *(x.cpu() for x in accelerator.gather((t, terms.detach()))))
         if not accelerator.sync_gradients:
             continue
+        done = step + 1
         if guard.is_update:
             ema.step(unet.parameters())
-        done = step + 1
+            averages.update(power_averages, unet, done)
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
+            images = None
             with optim.averaged(ema, unet) as network:
-                images = task.samples(network) if accelerator.is_main_process else None
+                if accelerator.is_main_process:
+                    images = task.samples(network)
+                    if task.validation is not None:
+                        tracker.log(done, **validation_losses(config, network, task, alpha_bar))
             if images is not None:
                 tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
+        if accelerator.is_main_process and (done % config.snapshot_every == 0 or done == training.max_steps):
+            averages.write_snapshots(folder / "averages", power_averages, unet, done)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | stream_state(accelerator, task.data, batch)
+            state = guard.state() | share.state() | stream_state(accelerator, task.data, batch)
             tensors = {
                 "model": unet.state_dict(),
                 "ema": optim.ema_tensors(ema, unet),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
+            tensors |= {name: optim.ema_tensors(average, unet) for name, average in power_averages.items()}
             if config.timestep_sampling == "importance":
                 tensors["importance"] = {"history": history}
             checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, state), training.keep_checkpoints)
@@ -195,25 +197,15 @@ def losses(
     return error * min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma).to(error)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What differs between latent and pixel space."""
-
-    data: CachedLatents | Pixels
-    unet: nn.Module
-    conditions: Callable[[dict[str, Tensor], torch.Generator, Share, slice], dict[str, Tensor]]
-    """(batch, generator, share, part) -> further arguments of the U-Net for this process's part of the batch."""
-    samples: Callable[[nn.Module], Tensor | None]
-    """The U-Net -> images (N, 3, S, S) in [-1, 1] of the same noise at every call, or None."""
-    save: Callable[[nn.Module, Path], None]
-
-
 def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     """Cached latents; the U-Net attends to caption tokens and adds the image embedding to that of the time."""
     configuration.check_arguments("model", config.model, UNet2DConditionModel)
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     data = CachedLatents(Path(config.cache), config.seed, vae_folder, clip_folder)
+    validation = None
+    if config.validation_cache is not None:
+        validation = CachedLatents(Path(config.validation_cache), config.seed, vae_folder, clip_folder)
     if config.sample_prompts:
         run.component_folder(config.prior, "prior", "prior")
     text_config = CLIPTextConfig.from_pretrained(clip_folder / "text_encoder")
@@ -268,73 +260,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     def drawn(unet: nn.Module) -> Tensor | None:
         return samples(config, unet, parts, vae_folder, clip_folder) if config.sample_prompts else None
 
-    return Task(data, unet, conditions, drawn, save)
-
-
-def in_pixel_space(config: LdmConfig, share: Share) -> Task:
-    """Images as they are, and a U-Net that is told the time and, if so configured, the caption's class."""
-    configuration.check_arguments("model", config.model, UNet2DModel)
-    images = open_data(config.data, config.seed, share.num_processes)
-    data = Pixels(images, config.greyscale, config.class_conditional)
-    channels, side, _ = data.latent_shape
-    sizes = {
-        "in_channels": channels,
-        "out_channels": 2 * channels if config.variance == "learned_range" else channels,
-        "sample_size": side,
-        "num_class_embeds": len(data.classes) or None,
-    }
-    if config.init == "scratch":
-        unet = UNet2DModel(**{**config.model, **sizes})
-    else:
-        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
-        run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
-    scheduler = DDPMScheduler(**schedule_settings(config), variance_type=config.variance)
-
-    def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
-        if not data.classes:
-            return {}
-        is_dropped = torch.rand(share.batch_size, generator=draw)[part] < config.caption_dropout
-        return {"class_labels": batch["class_labels"].masked_fill(is_dropped, 0).to(unet.device)}
-
-    @torch.no_grad()
-    def drawn(unet: nn.Module) -> Tensor:
-        """By DDPM in 250 steps; class after class, guided, where there are classes."""
-        draw = generator(config.seed, "samples", 0)
-        x = torch.randn(GRID_IMAGES, *data.latent_shape, generator=draw).to(unet.device)
-        labels = torch.arange(GRID_IMAGES, device=unet.device) % max(1, len(data.classes) - 1) + 1
-        scheduler.set_timesteps(min(250, config.num_train_timesteps), device=unet.device)
-        for t in scheduler.timesteps:
-            if data.classes:
-                without, prediction = (
-                    unet(x, t, class_labels=given).sample for given in (torch.zeros_like(labels), labels)
-                )
-                guided = classifier_free_guidance(without, prediction, config.sample_guidance_scale)
-                prediction = torch.cat([guided[:, :channels], prediction[:, channels:]], dim=1)  # variance: as it is
-            else:
-                prediction = unet(x, t).sample
-            x = scheduler.step(prediction, t, x, generator=draw).prev_sample
-        return x.expand(-1, 3, -1, -1)
-
-    def save(unet: nn.Module, folder: Path) -> None:
-        DDPMPipeline(unet, scheduler).save_pretrained(folder)
-        if data.classes:
-            (folder / "classes.json").write_text(json.dumps(data.classes, indent=2))
-
-    return Task(data, unet, conditions, drawn, save)
-
-
-def schedule_settings(config: LdmConfig) -> dict[str, Any]:
-    """The process that was trained on, as diffusers' schedulers take it."""
-    settings = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_schedule": config.beta_schedule,
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "prediction_type": config.prediction_type,
-    }
-    if config.zero_terminal_snr:  # sampling must then start at the very last timestep
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return settings
+    return Task(data, unet, conditions, drawn, save, validation)
 
 
 def build_unet(

@@ -23,7 +23,7 @@ from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, failure, optim, precision, run
+from ldm.training import checkpoint, failure, memory, optim, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -40,6 +40,7 @@ def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(PriorConfig, arguments.config, arguments.overrides)
     configuration.check_arguments("model", config.model, PriorTransformer)
+    memory.refuse_search(config.training, "the prior is small")
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
@@ -75,7 +76,7 @@ def main() -> None:
         timestep_spacing="trailing",
     )
     alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
-    precision.prepare(prior, accelerator.mixed_precision, accelerator.device)
+    run.ready(prior, training, accelerator)
     optimizer = optim.adamw(prior, training)
 
     model, optimizer = accelerator.prepare(prior, optimizer)
@@ -84,8 +85,6 @@ def main() -> None:
     if resumed is not None:
         first_step = resumed.step
         optim.restore(resumed, prior, ema, optimizer)
-    if training.compile:
-        model.compile()
 
     # Data: a pure function of the step
     loader = DataLoader(

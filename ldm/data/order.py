@@ -35,6 +35,10 @@ class Share:
     def micro_batch_size(self) -> int:
         return self.batch_size // (self.accumulation * self.num_processes)
 
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"accumulation": self.accumulation, "num_processes": self.num_processes}
+
     def slice(self, accumulation_step: int) -> slice:
         """Places of this process's micro-batch in the global batch."""
         first = (accumulation_step * self.num_processes + self.rank) * self.micro_batch_size

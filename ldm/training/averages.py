@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.training.optim import ema_tensors
+from ldm.training.checkpoint import Saved
+from ldm.training.optim import ema_tensors, load_ema
 
 LONGEST = 0.28  # σ_rel of γ = 0, a plain mean, is 1 / √12
 NAME = re.compile(r"step-(\d+)-(\d\.\d{3})\.safetensors")
@@ -73,6 +74,12 @@ def update(averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> 
         average.step(model.parameters())
 
 
+def restore(saved: Saved, averages: dict[str, EMAModel], model: torch.nn.Module) -> None:
+    """Puts the averages back as a checkpoint's groups of their names have them."""
+    for name, average in averages.items():
+        load_ema(average, model, saved.read(name, ema_tensors(average, model).get), saved.step)
+
+
 def write_snapshots(folder: Path, averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> None:
     """Each average as it is after `step`, whole or not at all."""
     for name, average in averages.items():
@@ -98,9 +105,7 @@ def snapshots(folder: Path) -> list[Snapshot]:
     found = [(NAME.fullmatch(path.name), path) for path in sorted(folder.glob("step-*.safetensors"))]
     kept = [Snapshot(int(match[1]), float(match[2]), path) for match, path in found if match]
     if not kept:
-        raise UserError(
-            f"{folder}: holds no snapshots of averages; train with training.average_lengths=[0.05,0.1] to have them"
-        )
+        raise UserError(f"{folder}: holds no snapshots of averages; train with average_lengths=[0.05,0.1] to have them")
     return kept
 
 

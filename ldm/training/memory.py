@@ -1,14 +1,17 @@
 """Training in less memory: activations computed twice, and micro-batches as large as fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import find_executable_batch_size
 from torch import nn
 
+from ldm.config import TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import RunError, UserError
+from ldm.training.checkpoint import Saved
 
 COPIES = 4
 """Of the weights, that a run has beside weights, gradients and activations: two moments, the average, DDP's buckets."""
@@ -28,8 +31,17 @@ def checkpoint_gradients(model: nn.Module) -> None:
         raise UserError(f"training.gradient_checkpointing true: {type(model).__name__} cannot do it; set it to false")
 
 
-def fitting_share(accelerator: Accelerator, share: Share, model: nn.Module, trial: Callable[[int], None]) -> Share:
-    """`share` with the fewest accumulation steps with which `trial` fits in the memory of every process.
+def refuse_search(training: TrainingConfig, reason: str) -> None:
+    """Raises UserError where a script that has no use for `fitting_share` is asked for it."""
+    if training.find_micro_batch:
+        raise UserError(f"training.find_micro_batch true: {reason}; set it to false and choose training.batch_size")
+
+
+def fitting_share(
+    accelerator: Accelerator, share: Share, model: nn.Module, trial: Callable[[int], None], resumed: Saved | None = None
+) -> Share:
+    """`share` with the fewest accumulation steps with which `trial` fits in the memory of every process; those of the
+    checkpoint where a run is resumed by as many processes, since another number would round otherwise.
 
     trial: computes a loss of so many samples with `model`, and its gradients. On CPUs memory has an end only where the
     system sets one: it kills a process that takes too much rather than telling it.
@@ -37,6 +49,10 @@ def fitting_share(accelerator: Accelerator, share: Share, model: nn.Module, tria
     Raises:
         RunError: not even a single sample fits.
     """
+    if resumed is not None and resumed.state["num_processes"] == share.num_processes:
+        accelerator.gradient_accumulation_steps = resumed.state["accumulation"]
+        return replace(share, accumulation=resumed.state["accumulation"])
+    model.to(accelerator.device)
     sizes = (n for n in range(share.micro_batch_size - 1, 0, -1) if share.micro_batch_size % n == 0)
 
     @find_executable_batch_size(starting_batch_size=share.micro_batch_size, reduce_batch_size_fn=lambda: next(sizes, 0))
@@ -62,4 +78,4 @@ def fitting_share(accelerator: Accelerator, share: Share, model: nn.Module, tria
         )
     accumulation = share.accumulation * share.micro_batch_size // fits
     accelerator.gradient_accumulation_steps = accumulation
-    return Share(share.batch_size, accumulation, share.num_processes, share.rank)
+    return replace(share, accumulation=accumulation)

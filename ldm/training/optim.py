@@ -3,24 +3,39 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 
 from ldm.config import TrainingConfig
+from ldm.errors import UserError
 from ldm.training import sharded
 from ldm.training.checkpoint import Saved
 
 
-def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels only: gains, biases and single vectors are not pulled to 0."""
+def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and kernels only: gains, biases and single vectors are not pulled to 0.
+
+    With training.optimizer=adamw_8bit bitsandbytes' (Dettmers et al. 2022), whose moments of large tensors take 8 bits.
+
+    Raises:
+        UserError: bitsandbytes is wanted and not installed.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=1e-8, fused=True)
+    settings = {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": 1e-8}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("training.optimizer adamw_8bit: needs bitsandbytes; pip install bitsandbytes") from None
+    return AdamW8bit(groups, **settings)
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -58,9 +73,19 @@ def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Ten
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state as tensors named `<parameter number>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+    """The optimiser's state as tensors named `<parameter number>.<name>`; where it is nested, as bitsandbytes' is, names
+    descend with dots."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, values: dict[Any, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                collect(f"{prefix}{name}.", value)
+            else:
+                tensors[f"{prefix}{name}"] = torch.tensor(value) if isinstance(value, int) else value
+
+    collect("", optimizer.state_dict()["state"])
+    return tensors
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -70,13 +95,16 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Restores what `optimizer_tensors` gave."""
     parameters = _parameters(optimizer)
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[Any, Any] = {}
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:  # in its memory layout, too: the fused update pairs them place by place
-            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-        state.setdefault(int(number), {})[name] = value
+        first, *names, last = key.split(".")
+        number = int(first)
+        if value.shape == parameters[number].shape:  # in its memory layout, too: the fused update pairs them by place
+            value = torch.empty_like(parameters[number], dtype=value.dtype, requires_grad=False).copy_(value)
+        place = state.setdefault(number, {})
+        for name in names:
+            place = place.setdefault(name, {})
+        place[last] = value.item() if value.dtype == torch.int64 else value  # counts, which were no tensors
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch import nn
 
 from ldm import config as configuration
 from ldm import hub
 from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
-from ldm.training import checkpoint, precision, sharded
+from ldm.training import checkpoint, memory, precision, sharded
 from ldm.training.checkpoint import Saved
+from ldm.training.compiled import compile_blocks
 
 FREE_ON_RESUME = {
     "output_dir",
     "resume.allow",
     "data.num_workers",
+    "snapshot_every",
+    "training.wandb_project",
     *(f"training.{name}" for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
     *(f"training.{name}" for name in ("num_processes", "timeout_seconds")),
 }
@@ -93,6 +97,16 @@ def _check_number(wanted: int | None, actual: int) -> None:
             f"accelerate launch was asked for several processes and started one; {remedy}, or set "
             "training.num_processes=1"
         )
+
+
+def ready(model: nn.Module, training: TrainingConfig, accelerator: Accelerator) -> None:
+    """Makes a network ready for the run's precision; where so configured, its blocks are compiled and its activations
+    computed twice. Raises UserError where it cannot do that."""
+    precision.prepare(model, accelerator.mixed_precision, accelerator.device)
+    if training.gradient_checkpointing:
+        memory.checkpoint_gradients(model)
+    if training.compile:
+        compile_blocks(model)
 
 
 def claim(config: RunConfig, accelerator: Accelerator) -> Path:

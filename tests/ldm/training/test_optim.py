@@ -1,11 +1,13 @@
 """Optimisation: schedules have their closed form, and state survives a round trip exactly."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 from ldm.config import TrainingConfig
+from ldm.errors import UserError
 from ldm.training import optim
 
 
@@ -74,3 +76,37 @@ def test_averaged_weights_are_there_only_inside():
         assert torch.equal(model[0].weight, ema.shadow_params[0]) and not model.training
         assert not torch.equal(model[0].weight, before)
     assert torch.equal(model[0].weight, before) and model.training
+
+
+class Nested(torch.optim.SGD):
+    """Keeps its state as bitsandbytes does: a count that is no tensor, and tensors one level down."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                moments = state.setdefault("quantised", {"levels": torch.zeros_like(parameter, dtype=torch.uint8)})
+                moments["levels"] += 1
+        super().step(closure)
+
+
+def test_nested_state_goes_through_tensors():
+    model = torch.nn.Linear(3, 2)
+    optimizer = Nested(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    tensors = optim.optimizer_tensors(optimizer)
+    assert set(tensors) == {"0.step", "0.quantised.levels", "1.step", "1.quantised.levels"}
+    other = Nested(model.parameters(), lr=0.1)
+    optim.load_optimizer(other, tensors)
+    restored = other.state[model.weight]
+    assert restored["step"] == 3 and type(restored["step"]) is int
+    assert torch.equal(restored["quantised"]["levels"], torch.full((2, 3), 3, dtype=torch.uint8))
+
+
+def test_8_bits_need_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        optim.adamw(torch.nn.Linear(1, 1), TrainingConfig(optimizer="adamw_8bit"))

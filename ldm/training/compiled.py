@@ -1,0 +1,22 @@
+"""Networks compiled block by block: a few minutes less to compile than a whole U-Net, for nearly the same speed."""
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
+
+BLOCKS = (ResnetBlock2D, BasicTransformerBlock, ResidualAttentionBlock)
+"""Of which the networks of all stages are made."""
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Has every block of `model` compiled in place when it is first called; names of weights stay as they are."""
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    # One graph for each shape of a block's weights and input, in training and outside; beyond the limit torch stops
+    # compiling without a word.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * limit)
+    for block in blocks:
+        block.compile(dynamic=False)

@@ -1,0 +1,152 @@
+"""What training the U-Net in latent and in pixel space have in common, and the whole of the latter."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from ldm import config as configuration
+from ldm.config import LdmConfig
+from ldm.data.batches import open_data
+from ldm.data.captions import open_images
+from ldm.data.latents import CachedLatents
+from ldm.data.order import Share
+from ldm.data.pixels import Pixels
+from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.objective import squared_error
+from ldm.diffusion.process import prediction_target, q_sample
+from ldm.errors import UserError
+from ldm.training import run
+from ldm.training.randomness import generator
+
+GRID_IMAGES = 64
+VALIDATION_IMAGES = 256
+VALIDATION_TIMESTEPS = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between latent and pixel space."""
+
+    data: CachedLatents | Pixels
+    unet: nn.Module
+    conditions: Callable[[dict[str, Tensor], torch.Generator, Share, slice], dict[str, Tensor]]
+    """(batch, generator, share, part) -> further arguments of the U-Net for this process's part of the batch."""
+    samples: Callable[[nn.Module], Tensor | None]
+    """The U-Net -> images (N, 3, S, S) in [-1, 1] of the same noise at every call, or None."""
+    save: Callable[[nn.Module, Path], None]
+    validation: CachedLatents | Pixels | None
+    """Images that are not trained on."""
+
+
+@torch.no_grad()
+def validation_losses(
+    config: LdmConfig, network: nn.Module, task: Task, alpha_bar: Tensor
+) -> dict[str, float | list[float]]:
+    """Mean squared error of the prediction on images not trained on, at the middles of equal parts of 0 … T - 1, and
+    their mean: the same images, noise and dropped conditions at every call, so that only the weights make a difference.
+    """
+    device, size = alpha_bar.device, config.training.batch_size
+    errors: list[list[Tensor]] = [[] for _ in range(VALIDATION_TIMESTEPS)]
+    for first in range(0, min(VALIDATION_IMAGES, len(task.validation)), size):
+        places = [(0, index) for index in range(first, min(first + size, VALIDATION_IMAGES, len(task.validation)))]
+        batch, share = task.validation.__getitems__(places), Share(len(places))
+        draw = generator(config.seed, "validation", first)
+        conditions = task.conditions(batch, draw, share, share.slice(0))
+        z_0 = batch["latent_mean"].to(device)
+        for part, collected in enumerate(errors):
+            t = torch.full((len(z_0),), (2 * part + 1) * config.num_train_timesteps // (2 * VALIDATION_TIMESTEPS))
+            noise, t = torch.randn(z_0.shape, generator=draw).to(device), t.to(device)
+            z_t = q_sample(z_0, alpha_bar[t], noise).contiguous(memory_format=torch.channels_last)
+            output = network(z_t, t, **conditions).sample.float()[:, : z_0.shape[1]]
+            collected.append(squared_error(output, prediction_target(config.prediction_type, z_0, alpha_bar[t], noise)))
+    over_t = [torch.cat(collected).mean().item() for collected in errors]
+    return {"validation_loss": sum(over_t) / len(over_t), "validation_loss_over_t": over_t}
+
+
+def try_step(accelerator: Accelerator, task: Task, micro_batch_size: int) -> None:
+    """The gradients of some loss of so many samples, for the memory they take."""
+    share, draw = Share(micro_batch_size), torch.Generator()
+    batch = task.data.__getitems__([(0, index % len(task.data)) for index in range(micro_batch_size)])
+    conditions = task.conditions(batch, draw, share, share.slice(0))
+    z_t = batch["latent_mean"].to(accelerator.device, memory_format=torch.channels_last)
+    with accelerator.autocast():
+        output = task.unet(z_t, torch.zeros(len(z_t), device=z_t.device), **conditions).sample
+    output.float().square().mean().backward()
+
+
+def schedule_settings(config: LdmConfig) -> dict[str, Any]:
+    """The process that was trained on, as diffusers' schedulers take it."""
+    settings = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": config.prediction_type,
+    }
+    if config.zero_terminal_snr:  # sampling must then start at the very last timestep
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return settings
+
+
+def in_pixel_space(config: LdmConfig, share: Share) -> Task:
+    """Images as they are, and a U-Net that is told the time and, if so configured, the caption's class."""
+    configuration.check_arguments("model", config.model, UNet2DModel)
+    images = open_data(config.data, config.seed, share.num_processes)
+    data, validation = Pixels(images, config.greyscale, config.class_conditional), None
+    if config.validation_split is not None:
+        others = open_images(replace(config.data, split=config.validation_split, streaming=False), config.seed)
+        validation = Pixels(others, config.greyscale, config.class_conditional)
+        if validation.classes != data.classes:
+            raise UserError(f"validation_split {config.validation_split}: its captions are not those of the training")
+    channels, side, _ = data.latent_shape
+    sizes = {
+        "in_channels": channels,
+        "out_channels": 2 * channels if config.variance == "learned_range" else channels,
+        "sample_size": side,
+        "num_class_embeds": len(data.classes) or None,
+    }
+    if config.init == "scratch":
+        unet = UNet2DModel(**{**config.model, **sizes})
+    else:
+        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
+    scheduler = DDPMScheduler(**schedule_settings(config), variance_type=config.variance)
+
+    def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
+        if not data.classes:
+            return {}
+        is_dropped = torch.rand(share.batch_size, generator=draw)[part] < config.caption_dropout
+        return {"class_labels": batch["class_labels"].masked_fill(is_dropped, 0).to(unet.device)}
+
+    @torch.no_grad()
+    def drawn(unet: nn.Module) -> Tensor:
+        """By DDPM in 250 steps; class after class, guided, where there are classes."""
+        draw = generator(config.seed, "samples", 0)
+        x = torch.randn(GRID_IMAGES, *data.latent_shape, generator=draw).to(unet.device)
+        labels = torch.arange(GRID_IMAGES, device=unet.device) % max(1, len(data.classes) - 1) + 1
+        scheduler.set_timesteps(min(250, config.num_train_timesteps), device=unet.device)
+        for t in scheduler.timesteps:
+            if data.classes:
+                without, prediction = (
+                    unet(x, t, class_labels=given).sample for given in (torch.zeros_like(labels), labels)
+                )
+                guided = classifier_free_guidance(without, prediction, config.sample_guidance_scale)
+                prediction = torch.cat([guided[:, :channels], prediction[:, channels:]], dim=1)  # variance: as it is
+            else:
+                prediction = unet(x, t).sample
+            x = scheduler.step(prediction, t, x, generator=draw).prev_sample
+        return x.expand(-1, 3, -1, -1)
+
+    def save(unet: nn.Module, folder: Path) -> None:
+        DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        if data.classes:
+            (folder / "classes.json").write_text(json.dumps(data.classes, indent=2))
+
+    return Task(data, unet, conditions, drawn, save, validation)

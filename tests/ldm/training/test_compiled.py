@@ -1,0 +1,30 @@
+"""Compiled blocks compute what they did, under the names they had."""
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ldm.training.compiled import compile_blocks
+
+
+def test_blocks_are_compiled_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        ResnetBlock2D(in_channels=4, out_channels=4, groups=2, temb_channels=None), nn.Conv2d(4, 1, 1)
+    )
+    names, x = list(model.state_dict()), torch.randn(2, 4, 8, 8)
+
+    def computed():
+        hidden = model[0](x, None)
+        model[1](hidden).sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        return hidden.detach(), gradients
+
+    eager = computed()
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    compiled = computed()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # the block's; the convolution is none
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(compiled, eager)

@@ -1,0 +1,134 @@
+"""Options of train_ldm.py: each does what it says in a real run, and a resumed run is the one that was not interrupted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from ldm.diffusion.schedule import alphas_bar
+from pipelines.cli import main as ldm_command
+
+CHECKPOINT = "checkpoints/step-000004"
+UNET = "model/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def train(runs, arguments_of, run_script, tmp_path):
+    """Runs train_ldm.py with further settings; gives the run folder."""
+
+    def trained(name, *further):
+        assert run_script("ldm", arguments_of("ldm", runs, tmp_path / name, "sample_prompts=[]", *further)) == 0
+        return tmp_path / name
+
+    return trained
+
+
+def resumed(train, run, *further):
+    """The run again, from its second step."""
+    again = run.with_name(f"{run.name}-again")
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / CHECKPOINT)
+    return train(again.name, *further, "--resume")
+
+
+def assert_same(one, two):
+    paths = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert paths
+    for path in paths:
+        a, b = load_file(one / path), load_file(two / path)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), path
+
+
+def test_averages_of_any_length(train, tmp_path, capsys):
+    options = ["average_lengths=[0.05,0.1]", "snapshot_every=2", "training.ema_decay=0"]
+    run = train("averaged", *options)
+    names = [path.name for path in sorted((run / "averages").iterdir())]
+    assert names == [f"step-{step:06d}-{length}.safetensors" for step in (2, 4) for length in ("0.050", "0.100")]
+    assert_same(run, resumed(train, run, *options))
+    with pytest.raises(SystemExit) as ended:
+        ldm_command(["average", str(run), "--length", "0.1", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 0 and "average of length 0.1 at step 4" in capsys.readouterr().out
+    tracked = load_file(run / "averages" / "step-000004-0.100.safetensors")
+    raw, averaged = load_file(run / UNET), load_file(tmp_path / "out" / UNET)
+    for name, value in tracked.items():
+        torch.testing.assert_close(averaged[name], value.float(), rtol=0, atol=2e-3)
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+    UNet2DConditionModel.from_pretrained(tmp_path / "out" / "model" / "unet")
+    assert (tmp_path / "out" / "model" / "scheduler").is_dir()
+
+
+def test_average_of_a_run_that_kept_none(train, runs, tmp_path, capsys):
+    for arguments, words in (
+        ([str(runs / "ldm"), "--length", "0.1"], "train with average_lengths=[0.05,0.1]"),
+        ([str(runs / "prior"), "--length", "0.1"], "has no model/unet"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            ldm_command(["average", *arguments, "--output", str(tmp_path / "out")])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_terminal_snr_trains_what_its_scheduler_samples(train):
+    run = train("zero", "zero_terminal_snr=true", "min_snr_gamma=5")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < loss < 10 for loss in losses)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(run / "model" / "scheduler")
+    assert scheduler.config.rescale_betas_zero_snr and scheduler.config.timestep_spacing == "trailing"
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[-1] < 1e-6
+    assert DDIMScheduler.from_config(scheduler.config).alphas_cumprod[-1] == 0
+    plain = DPMSolverMultistepScheduler.from_pretrained(Path(str(run)).parents[0] / "zero" / "model" / "scheduler",
+                                                        rescale_betas_zero_snr=False)  # fmt: skip
+    torch.testing.assert_close(plain.alphas_cumprod, alphas_bar("squaredcos_cap_v2", 1000).float())
+
+
+def test_validation_loss_at_fixed_timesteps(train, runs):
+    options = [f"validation_cache={runs / 'cache'}", "training.sample_every=2"]
+    run = train("validated", *options)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    for line in measured:
+        over_t = line["validation_loss_over_t"]
+        assert len(over_t) == 10 and sum(over_t) / 10 == pytest.approx(line["validation_loss"])
+    assert measured[0]["validation_loss"] != measured[1]["validation_loss"]
+    # The same images, noise and timesteps each time: a run that does not learn measures the same
+    still = train("still", *options, "training.learning_rate=1e-30")
+    lines = [json.loads(line) for line in (still / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line["validation_loss_over_t"] for line in lines if "validation_loss" in line)
+    assert first == second
+
+
+def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train):
+    plain = train("plain")
+    found = train("found", "training.find_micro_batch=true", "training.gradient_checkpointing=true")
+    a, b = (load_file(run / CHECKPOINT / "model.safetensors") for run in (plain, found))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-4)
+    assert json.loads((found / CHECKPOINT / "state.json").read_text())["accumulation"] == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("zero_terminal_snr=true prediction_type=epsilon", "zero_terminal_snr must be false with prediction_type=epsilon"),
+        ("average_lengths=[0.5]", "average_lengths must be each in (0, 0.28]"),
+        ("validation_split=test", "validation_split must be null unless autoencoder is none"),
+        ("validation_cache=absent", "cache absent: no such folder"),
+        ("training.optimizer=adam", "training.optimizer must be one of adamw, adamw_8bit"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(runs, arguments_of, fails, tmp_path, option, words):
+    assert words in fails("ldm", arguments_of("ldm", runs, tmp_path / "run", *option.split()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["prior", "clip"])
+def test_stages_that_search_no_micro_batch(runs, arguments_of, fails, tmp_path, stage):
+    arguments = arguments_of(stage, runs, tmp_path / "run", "training.find_micro_batch=true")
+    assert "training.find_micro_batch true" in fails(stage, arguments)
