@@ -1,4 +1,4 @@
-"""Options of train_ldm.py: each does what it says in a real run, and a resumed run is the one that was not interrupted."""
+"""Options of train_ldm.py: each does what it says in a real run; one that is interrupted and resumed ends alike."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train)
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("zero_terminal_snr=true prediction_type=epsilon", "zero_terminal_snr must be false with prediction_type=epsilon"),
+        ("zero_terminal_snr=true prediction_type=epsilon", "must be false with prediction_type=epsilon"),
         ("average_lengths=[0.5]", "average_lengths must be each in (0, 0.28]"),
         ("validation_split=test", "validation_split must be null unless autoencoder is none"),
         ("validation_cache=absent", "cache absent: no such folder"),
