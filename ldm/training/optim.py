@@ -73,8 +73,8 @@ def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Ten
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state as tensors named `<parameter number>.<name>`; names descend with dots where it is nested, as
-    bitsandbytes' is."""
+    """The optimiser's state as tensors named `<parameter number>.<name>`; names descend with dots where it is nested,
+    as bitsandbytes' is."""
     tensors: dict[str, torch.Tensor] = {}
 
     def collect(prefix: str, values: dict[Any, Any]) -> None:
