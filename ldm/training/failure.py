@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from ldm.errors import RunError, Stopped
@@ -146,24 +147,25 @@ def in_words(main: Callable[[], None]) -> Callable[[], None]:
         except (RunError, Stopped):
             raise
         except RuntimeError as error:
-            text = str(error)
-            if re.search("timed ?out", text, re.IGNORECASE) and _is_of_processes(text):
+            if not _is_of_processes(error):
+                raise
+            if re.search("time(d )?out", str(error), re.IGNORECASE):
                 raise RunError(
                     "another process of this run has not answered for training.timeout_seconds, and this one ends; the "
                     "last checkpoint is intact: go on with --resume"
                 ) from None
-            if _is_of_processes(text):
-                raise RunError(
-                    "another process of this run has ended, and this one with it; the last checkpoint is intact: go on "
-                    "with --resume"
-                ) from None
-            raise
+            raise RunError(
+                "another process of this run has ended, and this one with it; the last checkpoint is intact: go on "
+                "with --resume"
+            ) from None
 
     return told
 
 
-def _is_of_processes(text: str) -> bool:
-    return re.search("gloo|nccl|connection (closed|reset)|process ?group", text, re.IGNORECASE) is not None
+def _is_of_processes(error: RuntimeError) -> bool:
+    """Gloo has no errors of its own."""
+    words = "gloo|nccl|connection (closed|reset)"
+    return isinstance(error, distributed.DistError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from ldm.training import randomness
 
 
 @pytest.mark.parametrize("stage", ["clip", "autoencoder", "prior", "ldm"])
@@ -57,3 +60,41 @@ def test_another_seed_is_another_run(runs, arguments_of, run_script, tmp_path):
     path = "model/prior/diffusion_pytorch_model.safetensors"
     once, again = load_file(runs / "prior" / path), load_file(tmp_path / "run" / path)
     assert not torch.equal(once["proj_in.weight"], again["proj_in.weight"])
+
+
+@pytest.fixture(scope="module")
+def six_steps(runs, arguments_of, run_script, tmp_path_factory):
+    """Twice over 24 samples in steps of two micro-batches each: its overrides, and the run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("resume") / "whole"
+    overrides = ["training.max_steps=6", "training.gradient_accumulation_steps=2", "training.checkpoint_every=6"]
+    assert run_script("prior", arguments_of("prior", runs, folder, *overrides)) == 0
+    return overrides, folder
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "step"),
+    [(1, 1), (4, 2), (6, 3), (7, 4), (12, 6)],
+    ids=["first", "mid-accumulation", "end of an epoch", "start of an epoch", "last"],
+)
+def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(
+    six_steps, runs, arguments_of, run_script, tmp_path, monkeypatch, micro_batch, step
+):
+    """A real SIGTERM while a given micro-batch is trained; the resumed run has a data worker, and no stop."""
+    overrides, whole = six_steps
+    seed_dropout, seen = randomness.seed_dropout, []
+
+    def told_to_stop(*keys):
+        seen.append(keys)
+        if len(seen) == micro_batch:
+            signal.raise_signal(signal.SIGTERM)
+        seed_dropout(*keys)
+
+    monkeypatch.setattr(randomness, "seed_dropout", told_to_stop)
+    arguments = arguments_of("prior", runs, tmp_path / "run", *overrides)
+    assert run_script("prior", arguments) == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+    assert run_script("prior", [*arguments, "data.num_workers=1", "--resume"]) == 0
+    for name in ("model", "ema", "optimizer"):
+        path = f"checkpoints/step-000006/{name}.safetensors"
+        once, again = load_file(whole / path), load_file(tmp_path / "run" / path)
+        assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once), name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +13,78 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = {"ldm": "train_ldm", "autoencoder": "train_autoencoder", "clip": "train_clip"}
-FURTHER = {"ldm": ["sample_prompts=[]"], "autoencoder": ["adversarial_weight=0"], "clip": []}
+FURTHER = {
+    "ldm": ["sample_prompts=[]", "training.max_steps=20", "training.checkpoint_every=20", "training.sample_every=20"],
+    "autoencoder": ["adversarial_weight=0"],
+    "clip": [],
+}
+HALVES = "training.gradient_accumulation_steps=2"
+LOSS = {"clip": "clip_loss", "autoencoder": "l1", "ldm": "loss"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D,Transformer2DModel",
+}
 
 
-@pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm"])
-def test_two_processes_train_what_one_does(runs, arguments_of, run_script, tmp_path, stage):
-    assert run_script(stage, arguments_of(stage, runs, tmp_path / "one", *FURTHER[stage])) == 0
+def run_two(stage, arguments, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    arguments = arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage])
     subprocess.run(
         [*command, ROOT / "train" / f"{SCRIPT[stage]}.py", *arguments],
         check=True,
         timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
     )
-    one, two = (load_file(tmp_path / name / "checkpoints/step-000004/model.safetensors") for name in ("one", "two"))
+
+
+def losses(folder, stage):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line[LOSS[stage]] for line in lines if LOSS[stage] in line], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm"])
+def test_two_processes_train_what_one_does(runs, arguments_of, run_script, tmp_path, stage):
+    """The U-Net in 20 steps, against one process that accumulates over two halves."""
+    alone = [*FURTHER[stage], HALVES] if stage == "ldm" else FURTHER[stage]
+    assert run_script(stage, arguments_of(stage, runs, tmp_path / "one", *alone)) == 0
+    run_two(stage, arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage]))
+    last = sorted(path.name for path in tmp_path.glob("one/checkpoints/*"))[-1]
+    one, two = (load_file(tmp_path / name / "checkpoints" / last / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3)  # Adam's first steps magnify rounding
+    assert len(losses(tmp_path / "one", stage)) == (20 if stage == "ldm" else 4)
+    torch.testing.assert_close(losses(tmp_path / "two", stage), losses(tmp_path / "one", stage), rtol=1e-5, atol=0)
 
-    # Each process logs the loss of its own half; all of CLIP's batch is in every loss
-    name = {"clip": "clip_loss", "autoencoder": "l1", "ldm": "loss"}[stage]
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if name in line] == [1, 2, 3, 4]
-    assert torch.isfinite(torch.tensor([line[name] for line in lines if name in line])).all()
+
+def test_divided_weights_train_resume_and_come_together(runs, arguments_of, run_script, tmp_path):
+    """FSDP2: what one process trains; interrupted and resumed, the same bits; and one process goes on from it."""
+    run_two("ldm", arguments_of("ldm", runs, tmp_path / "two", "sample_prompts=[]"), **FSDP2)
+    checkpoint = tmp_path / "two" / "checkpoints" / "step-000004"
+    shards = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert len(shards) == 2 and all(name.startswith("shard-") for name in shards)
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+    for name in ("resumed", "alone"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-000004")
+        shutil.rmtree(tmp_path / name / "model")
+    run_two("ldm", arguments_of("ldm", runs, tmp_path / "resumed", "sample_prompts=[]", "--resume"), **FSDP2)
+    assert run_script("ldm", arguments_of("ldm", runs, tmp_path / "alone", "sample_prompts=[]", "--resume")) == 0
+
+    for shard in shards:
+        once, again = (
+            load_file(tmp_path / name / "checkpoints" / "step-000004" / shard) for name in ("two", "resumed")
+        )
+        assert once.keys() == again.keys() and len(once) > 100
+        assert all(torch.equal(once[name], again[name]) for name in once), shard
+    path = "model/unet/diffusion_pytorch_model.safetensors"
+    alone = load_file(runs / "ldm" / path)
+    for name in ("two", "resumed", "alone"):
+        trained = load_file(tmp_path / name / path)
+        assert trained.keys() == alone.keys()
+        for key in alone:
+            torch.testing.assert_close(trained[key], alone[key], rtol=0, atol=2e-3)
+        torch.testing.assert_close(losses(tmp_path / name, "ldm"), losses(runs / "ldm", "ldm"), rtol=1e-5, atol=0)
+    config = "model/unet/config.json"
+    assert (tmp_path / "two" / config).read_text() == (runs / "ldm" / config).read_text()
