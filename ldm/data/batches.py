@@ -23,9 +23,7 @@ def open_data(config: DataConfig, seed: int, num_processes: int = 1) -> Captione
     """`open_images`, or with data.streaming the stream that `num_processes` share. Raises UserError as that does."""
     if not config.streaming:
         return open_images(config, seed)
-    stream = CaptionedStream(config, seed, open_shards(config, num_processes))
-    stream.own_shards(0, num_processes)
-    return stream
+    return CaptionedStream(config, seed, open_shards(config, num_processes), num_processes)
 
 
 def micro_batches(
@@ -56,7 +54,10 @@ def micro_batches(
 def _in_one_line(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """What `loader` gives; a worker's error comes without the traceback that DataLoader writes around it."""
     try:
-        yield from loader
+        for batch in loader:
+            if "fault" in batch:
+                raise batch["fault"]
+            yield batch
     except (UserError, RunError) as error:
         raise type(error)(str(error).rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
 

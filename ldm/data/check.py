@@ -31,7 +31,7 @@ def findings(source: str, split: str) -> Iterator[str]:
     config = DataConfig(source=source, split=split, image_size=32, max_bad_fraction=1.0)
     if tars.is_tars(source):
         shards = tars.shards_of(source)
-        yield f"{len(shards):,} shards, columns: " + ", ".join(
+        yield f"{len(shards):,} shard{'s' * (len(shards) > 1)}, columns: " + ", ".join(
             f"{n} ({_tar_kind(n)})" for n in tars.columns_of(shards[0])
         )
         config = proposed_of_tars(config, shards)

@@ -49,6 +49,8 @@ class Pixels(torch.utils.data.Dataset):
 
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of images in the shape of one of latents; without images and captions, all else as it was."""
+        if "fault" in batch:
+            return batch
         x = batch["images"].mean(dim=1, keepdim=True) if self.greyscale else batch["images"]
         rest = {name: values for name, values in batch.items() if name not in ("images", "captions")}
         return {**rest, "latent_mean": x, "latent_std": torch.zeros(len(x), 1, 1, 1)}

@@ -57,25 +57,26 @@ class Place:
 class CaptionedStream:
     """What `CaptionedImages` is for streams: samples come in an order of their own, and none can be asked for."""
 
-    def __init__(self, config: DataConfig, seed: int, shards: Shards):
-        self.config, self.seed, self.shards = config, seed, shards
+    def __init__(self, config: DataConfig, seed: int, shards: Shards, num_processes: int):
+        """Raises UserError where there are too few shards for all processes."""
+        if shards.count < num_processes:
+            raise UserError(
+                f"data.source {config.source}: {shards.count} shards are too few for {num_processes} processes, each "
+                "of which reads its own; write more shards, or start fewer processes"
+            )
+        self.config, self.seed, self.shards, self.num_processes = config, seed, shards, num_processes
         self._excerpts: dict[int, CaptionedImages] = {}
         self._told: set[str] = set()
 
-    def own_shards(self, rank: int, num_processes: int) -> range:
-        """Numbers of the shards that process `rank` reads. Raises UserError where there are too few for all."""
-        if self.shards.count < num_processes:
-            raise UserError(
-                f"data.source {self.config.source}: {self.shards.count} shards are too few for {num_processes} "
-                "processes, each of which reads its own; write more shards, or start fewer processes"
-            )
-        return range(rank, self.shards.count, num_processes)
+    def own_shards(self, rank: int) -> range:
+        """Numbers of the shards that process `rank` reads."""
+        return range(rank, self.shards.count, self.num_processes)
 
-    def in_order(self, rank: int, num_processes: int) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+    def in_order(self, rank: int) -> Iterator[tuple[str, np.ndarray, list[str]]]:
         """Name, pixels uint8 (3, S, S), not flipped, and captions of every sample of a process's shards, once, in the
         order they are stored in; those that cannot be used are told on standard error and left out."""
         num_read = num_bad = 0
-        for shard in self.own_shards(rank, num_processes):
+        for shard in self.own_shards(rank):
             for row in self._patient_rows(shard, 0, pictures=True):
                 pixels = self.decoded(row)
                 num_read, num_bad = num_read + 1, num_bad + (pixels is None)
@@ -85,9 +86,9 @@ class CaptionedStream:
         self.check_bad(num_read, num_bad, 1)
 
     def excerpt(self, count: int) -> CaptionedImages:
-        """The first `count` samples that can be used, in memory, for what needs some in any order."""
+        """The first `count` samples of process 0 that can be used, in memory, for what needs some in any order."""
         if count not in self._excerpts:
-            found = list(itertools.islice(self.in_order(0, 1), count))
+            found = list(itertools.islice(self.in_order(0), count))
             if not found:
                 raise RunError(f"data.source {self.config.source} holds no samples")
             self._excerpts[count] = CaptionedImages(
@@ -127,13 +128,13 @@ class CaptionedStream:
                 f"data.max_bad_fraction {allowed:g} allows; mend them, or raise it"
             )
 
-    def samples(self, rank: int, num_processes: int, position: Position) -> Iterator[tuple[Position, Place, Row]]:
+    def samples(self, rank: int, position: Position) -> Iterator[tuple[Position, Place, Row]]:
         """Every sample from `position` on, epoch after epoch without end, and where the process is after it.
 
         Raises:
             RunError: the shards of this process hold no sample, or cannot be read.
         """
-        own, size = self.own_shards(rank, num_processes), self.config.shuffle_buffer
+        own, size = self.own_shards(rank), self.config.shuffle_buffer
         while True:
             rows = self._rows(own, position)
             block = list(itertools.islice(rows, size))
@@ -183,15 +184,22 @@ class CaptionedStream:
 
 class Reader(torch.utils.data.IterableDataset):
     """A process's micro-batches from a position on. A batch is a dict as `CaptionedImages` gives it, but for `names`, a
-    list of B strings, in place of indices, and with the `position` of the process after it."""
+    list of B strings, in place of indices, and with the `position` of the process after it; or it is a `fault`, the
+    error that ends the stream, and the last."""
 
     def __init__(self, stream: CaptionedStream, share: Share, count: int, position: Position):
-        stream.own_shards(share.rank, share.num_processes)
+        assert share.num_processes == stream.num_processes
         self.stream, self.share, self.count, self.position = stream, share, count, position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._batches()
+        except (UserError, RunError) as error:  # raised in a worker, it would keep the process for seconds
+            yield {"fault": error}
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
         stream, config, position = self.stream, self.stream.config, self.position
-        samples = stream.samples(self.share.rank, self.share.num_processes, position)
+        samples = stream.samples(self.share.rank, position)
         with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
             in_order = pool.map if config.num_workers > 1 else map
             for _ in range(self.count):
