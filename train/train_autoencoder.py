@@ -162,10 +162,10 @@ def main() -> None:
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
-            pictured = data.excerpt(GRID_IMAGES)
             with optim.averaged(ema, autoencoder):
-                pictures = reconstructions(autoencoder, pictured, accelerator.device)
-            tracker.pictures(done, pictures, columns=GRID_IMAGES // 2)
+                if accelerator.is_main_process:
+                    pictures = reconstructions(autoencoder, data.excerpt(GRID_IMAGES), accelerator.device)
+                    tracker.pictures(done, pictures, columns=GRID_IMAGES // 2)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:

@@ -153,9 +153,10 @@ def main() -> None:
         else:
             tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
-            pictured = data.excerpt(GRID_AMONG)
             with optim.averaged(ema, model):
-                tracker.pictures(done, retrieved(model, tokenizer, pictured, accelerator.device), columns=9)
+                if accelerator.is_main_process:
+                    pictures = retrieved(model, tokenizer, data.excerpt(GRID_AMONG), accelerator.device)
+                    tracker.pictures(done, pictures, columns=9)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:

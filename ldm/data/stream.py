@@ -183,9 +183,9 @@ class CaptionedStream:
 
 
 class Reader(torch.utils.data.IterableDataset):
-    """A process's micro-batches from a position on. A batch is a dict as `CaptionedImages` gives it, but for `names`, a
-    list of B strings, in place of indices, and with the `position` of the process after it; or it is a `fault`, the
-    error that ends the stream, and the last."""
+    """A process's micro-batches from a position on. A batch is a dict as `CaptionedImages` gives it, but indices (B, 2)
+    are shards and rows in them, and `position` is where the process is after it; or it holds the `fault` that ends the
+    stream, and nothing else."""
 
     def __init__(self, stream: CaptionedStream, share: Share, count: int, position: Position):
         assert share.num_processes == stream.num_processes
@@ -221,4 +221,5 @@ class Reader(torch.utils.data.IterableDataset):
             draw = randomness.key(self.stream.seed, "augmentation", place.epoch, place.shard, place.row)
             images.append(pixels[:, :, ::-1] if config.horizontal_flip and draw % 2 else pixels)
             captions.append(row.captions[draw // 2 % len(row.captions)])
-        return {"images": to_float(np.stack(images)), "captions": captions, "names": [row.name for _, row, _ in chosen]}
+        indices = torch.tensor([(place.shard, place.row) for place, _, _ in chosen])
+        return {"images": to_float(np.stack(images)), "captions": captions, "indices": indices}

@@ -65,7 +65,7 @@ class Guard:
             self.skipped_updates = resumed.state["skipped_updates"]
 
     def saw(self, loss: torch.Tensor, samples: torch.Tensor) -> None:
-        """Notes the loss of one micro-batch and the numbers (B,) of its samples."""
+        """Notes the loss of one micro-batch and the numbers of its samples: (B,), or of a stream (B, 2)."""
         self.losses.append(loss.detach().float())
         self.samples.append(samples)
 

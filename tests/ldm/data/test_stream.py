@@ -56,10 +56,8 @@ def numbers(batches: list[dict]) -> list[int]:
 def assert_equal(one: list[dict], two: list[dict]) -> None:
     assert len(one) == len(two) > 0
     for a, b in zip(one, two, strict=True):
-        assert torch.equal(a["images"], b["images"])
-        assert [a[key] for key in ("captions", "names", "position")] == [
-            b[key] for key in ("captions", "names", "position")
-        ]
+        assert torch.equal(a["images"], b["images"]) and torch.equal(a["indices"], b["indices"])
+        assert a["captions"] == b["captions"] and a["position"] == b["position"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
