@@ -89,9 +89,8 @@ def test_two_processes_read_shards_of_their_own_and_resume(arguments_for, fails,
     launch("run")
     for rank in range(2):  # a process is told of the damaged pictures that it reads
         (path,) = (tmp_path / "said-run").glob(f"*/attempt_0/{rank}/stderr.log")
-        told = {
-            line.split("shard-")[1][0] for line in path.read_text().splitlines() if line.startswith("warning: sample")
-        }
+        lines = [line for line in path.read_text().splitlines() if line.startswith("warning: sample")]
+        told = {line.split("shard-")[1][0] for line in lines}
         assert told == ({"0", "2"}, {"1", "3"})[rank]
 
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
@@ -102,6 +101,12 @@ def test_two_processes_read_shards_of_their_own_and_resume(arguments_for, fails,
     lose_steps(tmp_path / "run")
     line = fails("clip", arguments_for("clip", tmp_path / "run", "--resume"))
     assert "2 processes were reading" in line and "start as many as before" in line
+
+
+def test_the_cache_reads_shards_on_disk_in_any_order(arguments_of, runs, run_script, source, tmp_path, capsys):
+    settings = [f"data.source={source}", "data.caption_column=txt", "data.max_bad_fraction=0.2"]
+    assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", *settings)) == 0
+    assert "20 images (20 encoded" in capsys.readouterr().out
 
 
 def test_what_cannot_be_streamed_is_told(arguments_for, arguments_of, runs, fails, source, tmp_path):
