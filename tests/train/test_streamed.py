@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.config import DataConfig, RunConfig, TrainingConfig
 from ldm.data import shapes
+from ldm.data.batches import micro_batches, open_data
+from ldm.data.order import Share
+from ldm.training.checkpoint import Saved
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ["--config", str(ROOT / "configs" / "digits" / "ldm.yaml"), "data.image_size=8", "data.caption_templates=[]"]
@@ -77,26 +82,27 @@ def test_a_resumed_stream_ends_as_the_uninterrupted_one(arguments_for, run_scrip
     assert position["epoch"] == 3 and position["num_read"] - position["num_bad"] == 64
 
 
-def test_two_processes_read_shards_of_their_own_and_resume(arguments_for, fails, tmp_path):
+def test_two_processes_read_shards_of_their_own_and_know_where_each_was(arguments_for, fails, source, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    said = ["--log-dir", str(tmp_path / "said"), "--redirects", "3"]
+    script = [str(ROOT / "train" / "train_clip.py"), *arguments_for("clip", tmp_path / "run")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-    def launch(name: str, *further: str) -> None:
-        said = ["--log-dir", str(tmp_path / f"said-{name}"), "--redirects", "3"]
-        script = [str(ROOT / "train" / "train_clip.py"), *arguments_for("clip", tmp_path / name, *further)]
-        subprocess.run([*launcher, *said, *script], check=True, timeout=300, env=environment)
-
-    launch("run")
+    subprocess.run([*launcher, *said, *script], check=True, timeout=300, env=environment)
+    before, after = (
+        json.loads((tmp_path / "run" / "checkpoints" / f"step-00000{step}" / "state.json").read_text())
+        for step in (6, 8)
+    )
     for rank in range(2):  # a process is told of the damaged pictures that it reads
-        (path,) = (tmp_path / "said-run").glob(f"*/attempt_0/{rank}/stderr.log")
+        (path,) = (tmp_path / "said").glob(f"*/attempt_0/{rank}/stderr.log")
         lines = [line for line in path.read_text().splitlines() if line.startswith("warning: sample")]
-        told = {line.split("shard-")[1][0] for line in lines}
-        assert told == ({"0", "2"}, {"1", "3"})[rank]
+        assert {line.split("shard-")[1][0] for line in lines} == ({"0", "2"}, {"1", "3"})[rank]
 
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    lose_steps(tmp_path / "run")
-    launch("run", "--resume")
-    assert_same(tmp_path / "whole", tmp_path / "run")
+        # From where it was after step 6, two steps lead to where it was after step 8
+        data = DataConfig(source=source, caption_column="txt", streaming=True, shuffle_buffer=4, max_bad_fraction=0.2)
+        config = RunConfig(output_dir="", data=data, training=TrainingConfig(batch_size=8, max_steps=8))
+        resumed = Saved(tmp_path, 6, before)
+        *_, last = micro_batches(open_data(data, 0, 2), config, Share(8, 1, 2, rank), resumed)
+        assert asdict(last["position"]) == after["stream"]["positions"][rank] != before["stream"]["positions"][rank]
 
     lose_steps(tmp_path / "run")
     line = fails("clip", arguments_for("clip", tmp_path / "run", "--resume"))

@@ -22,7 +22,7 @@ from ldm.data.captions import open_images
 from ldm.data.order import Share
 from ldm.data.stream import Position, Reader
 from ldm.errors import RunError, UserError
-from ldm.training.checkpoint import Checkpoint
+from ldm.training.checkpoint import Saved
 
 SIZES = [5, 4, 6, 3]
 START = Position()
@@ -46,7 +46,7 @@ def read(source: str, count: int, rank=0, ranks=1, size=1, position=START, seed=
     share = Share(size * ranks, 1, ranks, rank)
     run = AnyRun(output_dir="", data=stream.config, training=TrainingConfig(batch_size=size * ranks, max_steps=count))
     state = {"stream": {"shards": stream.shards.count, "positions": [position.__dict__] * ranks}}
-    return list(micro_batches(stream, run, share, Checkpoint(0, {}, state)))
+    return list(micro_batches(stream, run, share, Saved(Path(), 0, state)))
 
 
 def numbers(batches: list[dict]) -> list[int]:
@@ -131,10 +131,10 @@ def test_another_number_of_processes_or_shards_cannot_go_on(source, write_shards
     run = AnyRun(output_dir="", data=stream.config)
     left = {"shards": 4, "positions": [Position().__dict__] * 3}
     with pytest.raises(UserError, match=r"3 processes were reading .* 2 cannot go on .*start as many as before"):
-        micro_batches(stream, run, Share(64, 1, 2), Checkpoint(1, {}, {"stream": left}))
+        micro_batches(stream, run, Share(64, 1, 2), Saved(Path(), 1, {"stream": left}))
     left = {"shards": 5, "positions": [Position().__dict__] * 2}
     with pytest.raises(UserError, match=r"had 5 shards and has 4"):
-        micro_batches(stream, run, Share(64, 1, 2), Checkpoint(1, {}, {"stream": left}))
+        micro_batches(stream, run, Share(64, 1, 2), Saved(Path(), 1, {"stream": left}))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
