@@ -43,7 +43,7 @@ from ldm.diffusion.variational_bound import (
     gaussian_log_likelihood,
     hybrid_loss,
 )
-from ldm.errors import exit_code_of
+from ldm.errors import UserError, exit_code_of
 from ldm.training import averages, checkpoint, failure, memory, optim, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
@@ -102,7 +102,7 @@ def main() -> None:
         # Everything random, drawn for the global batch, of which this process takes its part
         draw = generator(config.seed, "ldm", step)
         part = share.slice(accumulation_step)
-        posterior_noise, noise = torch.randn(2, share.batch_size, *task.data.latent_shape, generator=draw)
+        posterior_noise, noise = torch.randn(2, share.batch_size, *batch["latent_mean"].shape[1:], generator=draw)
         draws = torch.rand(share.batch_size, generator=draw)
         if config.timestep_sampling == "importance":
             if accumulation_step == 0:
@@ -222,6 +222,15 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
             in_channels=data.latent_shape[0],
             cross_attention_dim=text_config.hidden_size,
             projection_class_embeddings_input_dim=2 * embedding_dim,
+        )
+
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if len(data.latent_shapes) > 1 and (
+        odd := [shape for shape in data.latent_shapes if shape[1] % factor or shape[2] % factor]
+    ):
+        raise UserError(
+            f"cache {config.cache} holds latents of {odd[0][1]} × {odd[0][2]}, but the U-Net halves them to a "
+            f"{factor}th; cache with data.bucket_step a multiple of {factor} × the autoencoder's factor"
         )
 
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net

@@ -1,5 +1,6 @@
 """From a data set to the micro-batches of this process, in any order or streamed, and back to where it was left."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ldm.config import DataConfig, RunConfig
 from ldm.data.captions import CaptionedImages, as_is, open_images
 from ldm.data.latents import CachedLatents
-from ldm.data.order import MicroBatches, Share
+from ldm.data.order import MicroBatches, Share, never_seen
 from ldm.data.pixels import Pixels
 from ldm.data.shards import open_shards
 from ldm.data.stream import CaptionedStream, Position, Reader
@@ -46,7 +48,14 @@ def micro_batches(
         collate = data.prepared if isinstance(data, Pixels) else as_is
         loader = DataLoader(reader, batch_size=None, num_workers=min(workers, 1), collate_fn=collate)
     else:
-        order = MicroBatches(len(data), share, config.seed, first_step, config.training.max_steps)
+        buckets = data.buckets if isinstance(data, CachedLatents) else None
+        if buckets is not None and (count := never_seen(buckets, share.batch_size)) and share.rank == 0:
+            tqdm.write(
+                f"warning: {count} images are in buckets smaller than training.batch_size {share.batch_size}, and are "
+                "never seen; lower it, or cache with a smaller data.max_aspect_ratio or a larger data.bucket_step",
+                file=sys.stderr,
+            )
+        order = MicroBatches(len(data), share, config.seed, first_step, config.training.max_steps, buckets)
         loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=as_is)
     return _in_one_line(loader)
 

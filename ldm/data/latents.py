@@ -161,8 +161,8 @@ class CachedLatents(torch.utils.data.Dataset):
     """Samples addressed as (epoch, index), the flip and caption of each a function of (seed, epoch, index).
 
     A batch is a dict: latent_mean, latent_std (B, C, h, w), image_embeds (B, D), sizes (B, 6), text_embeds (B, D),
-    hidden_states (B, L, D_t), all float32, attention_mask (B, L) bool, and indices (B,) int64. Nothing is read before
-    it is asked for.
+    hidden_states (B, L, D_t), all float32, attention_mask (B, L) bool, and indices (B,) int64. Where latents are of
+    several shapes, those of a batch must be of one. Nothing is read before it is asked for.
     """
 
     def __init__(self, folder: Path, seed: int, autoencoder: Path | None, clip: Path):
@@ -195,6 +195,21 @@ class CachedLatents(torch.utils.data.Dataset):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a square image."""
         return self.index.latent_shape
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, h, w) of every shape that there are latents of."""
+        return sorted({shard["latent_mean"].shape[2:] for shard in self.images.shards})
+
+    @property
+    def buckets(self) -> list[Tensor] | None:
+        """The samples (n,) of each of `latent_shapes`; None where all images are square, or latents are not read."""
+        if len(self.index.image_settings.bucket_sizes) == 1 or "latent_mean" not in self.fields:
+            return None
+        shapes = self.latent_shapes
+        of_shard = np.array([shapes.index(shard["latent_mean"].shape[2:]) for shard in self.images.shards])
+        of_row = of_shard[np.searchsorted(self.images.starts, self.rows["images"], side="right") - 1]
+        return [torch.from_numpy(np.flatnonzero(of_row == number)) for number in range(len(shapes))]
 
     def text(self, captions: np.ndarray) -> dict[str, Tensor]:
         """text_embeds, hidden_states and attention_mask of the records `captions` (B,)."""

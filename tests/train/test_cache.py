@@ -158,7 +158,7 @@ def test_what_is_no_number_is_not_written(runs, arguments_of, run_script, tmp_pa
 
 def test_a_killed_run_goes_on_where_it_was(runs, arguments_of, write, tmp_path):
     """A real process, killed as soon as a number of shards are there; the cache is that of a run left alone."""
-    many = ["data.max_images=400"]
+    many = ["data.max_images=160"]
     write("shapes", *many, name="whole")
     arguments = arguments_of("cache", runs, tmp_path / "cache", *SMALL_SHARDS, *many)
     with (tmp_path / "said").open("w") as log:
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_where_it_was(runs, arguments_of, write, tmp_path):
     kept = {path.name for path in (tmp_path / "cache").glob("images-*")}
     reused = sum(len(open_shard(tmp_path / "cache" / name)[0]["keys"]) for name in kept)
     (tmp_path / "cache" / ".images.1.tmp").write_bytes(b"half a shard")
-    assert f"400 images ({400 - reused} encoded, {reused} reused" in write("shapes", *many).out
+    assert f"160 images ({160 - reused} encoded, {reused} reused" in write("shapes", *many).out
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
