@@ -285,6 +285,9 @@ class LdmConfig(RunConfig):
     sample_guidance_scale: float = 3.0
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids; none draws none. In pixel space grids are drawn without."""
+    size_conditioning: bool = False
+    """Whether the U-Net is told the size each image had, where it was cropped and its size now (Podell et al. 2023,
+    §2.2). Stock pipelines cannot tell it: such a U-Net draws with LatentDiffusionPipeline alone."""
     greyscale: bool = False
     """Whether images in pixel space are grey."""
     class_conditional: bool = False
@@ -322,6 +325,9 @@ class LdmConfig(RunConfig):
             (self.snapshot_every > 0, "snapshot_every", "> 0"),
             (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
             (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
+            (not in_pixels or not self.size_conditioning, "size_conditioning", "false in pixel space"),
+            (not self.size_conditioning or not self.model.get("addition_embed_type"), "size_conditioning",
+             "false unless model.addition_embed_type is null, whose place in the U-Net it takes"),
             (not in_pixels or not self.sample_prompts, "sample_prompts",
              "empty in pixel space, which is drawn without a prompt"),
             (not self.sample_prompts or self.prior is not None, "sample_prompts",

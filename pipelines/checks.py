@@ -56,6 +56,13 @@ def check_interval(name: str, value: object) -> tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
+def check_pair(name: str, value: object, smallest: int = 1) -> tuple[int, int]:
+    """Two whole numbers of pixels, height before width. Raises `UserError` otherwise."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise UserError(f"{name} is {value!r}; it must be two numbers of pixels, such as (256, 256)")
+    return check_count(name, value[0], smallest), check_count(name, value[1], smallest)
+
+
 def check_size(name: str, value: object, multiple: int) -> int:
     """A number of pixels that the autoencoder's factor `multiple` divides. Raises `UserError` otherwise."""
     check_count(name, value)

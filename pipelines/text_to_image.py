@@ -24,9 +24,18 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, scale_in_interval
 from ldm.diffusion.prior import best_of, derived_generator
+from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
 from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase
-from pipelines.checks import check_count, check_interval, check_prompt, check_scale, check_shape, check_share
+from pipelines.checks import (
+    check_count,
+    check_interval,
+    check_pair,
+    check_prompt,
+    check_scale,
+    check_shape,
+    check_share,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -74,6 +83,9 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         num_prior_samples: int | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each prompt. Settings left None are `default_settings`.
 
@@ -95,6 +107,9 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         guidance_rescale: 0..1, how far the guided prediction's standard deviation is brought back (`rescale_guidance`).
         guidance_interval: guidance only where √(1 - ᾱ_t), the share of noise, lies between these two numbers
             (`scale_in_interval`); elsewhere the U-Net runs once a step, not twice.
+        original_size, crops_coords_top_left, target_size: what a U-Net trained with `size_conditioning` is told of the
+            image: the size it had, (height, width); the corner of its crop, (top, left); its size now. If None:
+            (height, width), (0, 0), (height, width).
 
         Raises `UserError` for input that cannot be used and `RunError` if the result is not finite.
         """
@@ -109,6 +124,7 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
         _check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         check_count("num_images_per_prompt", num_images_per_prompt)
         height, width = self._image_size(height, width)
+        sizes = self._sizes(original_size, crops_coords_top_left, target_size, (height, width))
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         guided = self._guidance_scale > 1
         device = self._execution_device
@@ -168,6 +184,7 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
                 encoder_hidden_states=prompt_embeds[seen],
                 class_labels=None if image_embeds is None else image_embeds[seen],
                 cross_attention_kwargs=cross_attention_kwargs,
+                added_cond_kwargs=self._size_condition(sizes, model_input),
                 return_dict=False,
             )[0]
             if twice:
@@ -275,6 +292,37 @@ class LatentDiffusionPipeline(LatentDiffusionBase):
             levels, image_embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
         )
         return torch.cat([self.image_normalizer.unscale(noised), level_embeds.to(image_embeds.dtype)], dim=1)
+
+    def _sizes(
+        self,
+        original_size: tuple[int, int] | None,
+        crops_coords_top_left: tuple[int, int] | None,
+        target_size: tuple[int, int] | None,
+        size: tuple[int, int],
+    ) -> tuple[int, ...] | None:
+        """The six numbers of `size_condition`, or None where the U-Net is not told them."""
+        given = {
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": target_size,
+        }
+        if self.unet.config.addition_embed_type != "text_time":
+            if told := [name for name, value in given.items() if value is not None]:
+                raise UserError(f"{told[0]}: this U-Net was not trained with size_conditioning; leave it out")
+            return None
+        return (
+            *check_pair("original_size", _given(original_size, size)),
+            *check_pair("crops_coords_top_left", _given(crops_coords_top_left, (0, 0)), smallest=0),
+            *check_pair("target_size", _given(target_size, size)),
+        )
+
+    def _size_condition(self, sizes: tuple[int, ...] | None, model_input: Tensor) -> dict[str, Tensor] | None:
+        """`added_cond_kwargs` for every sample of the U-Net's input."""
+        if sizes is None:
+            return None
+        numbers = torch.tensor([sizes] * len(model_input), dtype=torch.float32, device=model_input.device)
+        config = self.unet.config
+        return size_condition(numbers, config.projection_class_embeddings_input_dim, config.addition_time_embed_dim)
 
     def _check_outputs(self, output_type: str, tensors: tuple[str, ...]) -> None:
         if output_type not in OUTPUT_TYPES:

@@ -37,6 +37,7 @@ from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar, zero_terminal_snr
+from ldm.diffusion.size_condition import size_condition, unet_arguments
 from ldm.diffusion.variational_bound import (
     bound_term,
     discretised_log_likelihood,
@@ -223,11 +224,14 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
             cross_attention_dim=text_config.hidden_size,
             projection_class_embeddings_input_dim=2 * embedding_dim,
         )
-
+        if (unet.config.addition_embed_type == "text_time") != config.size_conditioning:
+            raise UserError(
+                f"init {config.init}: its U-Net was trained with size_conditioning={not config.size_conditioning}; "
+                "set it alike"
+            )
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
-    if len(data.latent_shapes) > 1 and (
-        odd := [shape for shape in data.latent_shapes if shape[1] % factor or shape[2] % factor]
-    ):
+    odd = [shape for shape in data.latent_shapes if shape[1] % factor or shape[2] % factor]
+    if len(data.latent_shapes) > 1 and odd:
         raise UserError(
             f"cache {config.cache} holds latents of {odd[0][1]} × {odd[0][2]}, but the U-Net halves them to a "
             f"{factor}th; cache with data.bucket_step a multiple of {factor} × the autoencoder's factor"
@@ -259,7 +263,11 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
         tokens = torch.where(no_caption[:, None, None], no_caption_states, batch["hidden_states"].to(device))
         embeds = batch["image_embeds"].to(device)
         condition = noised_embedding(embeds, mean, std, level, embedding_alpha_bar, embedding_noise)
-        return {"encoder_hidden_states": tokens, "class_labels": condition.masked_fill(no_image[:, None], 0.0)}
+        told = {"encoder_hidden_states": tokens, "class_labels": condition.masked_fill(no_image[:, None], 0.0)}
+        if config.size_conditioning:
+            widths = 2 * embedding_dim, unet.config.addition_time_embed_dim
+            told["added_cond_kwargs"] = size_condition(batch["sizes"].to(device), *widths)
+        return told
 
     def save(unet: nn.Module, folder: Path) -> None:
         unet.save_pretrained(folder / "unet")
@@ -276,8 +284,9 @@ def build_unet(
     config: LdmConfig, latent_shape: tuple[int, int, int], text_width: int, embedding_dim: int
 ) -> UNet2DConditionModel:
     """The U-Net of `config.model`, with the shapes that follow from the other stages."""
+    arguments = {**config.model, **unet_arguments(2 * embedding_dim)} if config.size_conditioning else config.model
     return UNet2DConditionModel(
-        **config.model,
+        **arguments,
         sample_size=latent_shape[1],
         in_channels=latent_shape[0],
         out_channels=latent_shape[0],

@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.errors import UserError
-from pipelines.checks import check_count, check_prompt, check_scale, check_size
+from pipelines.checks import check_count, check_pair, check_prompt, check_scale, check_size
 
 
 def test_what_is_good_comes_back():
@@ -11,6 +11,7 @@ def test_what_is_good_comes_back():
     assert check_count("steps", 1) == 1 and check_count("level", 0, smallest=0, largest=0) == 0
     assert check_scale("scale", 0) == 0.0 and check_scale("scale", 7.5) == 7.5
     assert check_size("height", 64, 8) == 64
+    assert check_pair("original_size", [3, 4]) == (3, 4)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", None, True, float("nan"), 11])
@@ -23,6 +24,12 @@ def test_a_count_is_a_whole_number_in_its_range(value):
 def test_a_scale_is_finite_and_not_negative(value):
     with pytest.raises(UserError, match="it must be a finite number >= 0"):
         check_scale("scale", value)
+
+
+@pytest.mark.parametrize("value", [3, (3,), (3, 0), "34", (1.5, 2)])
+def test_a_pair_is_two_whole_numbers(value):
+    with pytest.raises(UserError, match="original_size is|whole number >= 1"):
+        check_pair("original_size", value)
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(1, 8), (30, 32), (33, 32), (63, 64)])

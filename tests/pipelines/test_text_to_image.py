@@ -289,6 +289,11 @@ def test_tokens_alone_cannot_guide_a_prior(pipe):
         pipe(prompt_embeds=torch.zeros(1, 12, 16), **FAST)
 
 
+def test_a_unet_that_is_not_told_sizes_refuses_them(pipe):
+    with pytest.raises(UserError, match="crops_coords_top_left: this U-Net was not trained with size_conditioning"):
+        pipe("cat", crops_coords_top_left=(0, 0), **FAST)
+
+
 def test_a_prompt_beyond_the_context_says_what_is_cut(pipe):
     with pytest.warns(UserWarning, match="prompt is beyond the 12 tokens.*not read: 'dog two cats'") as caught:
         long = draw(pipe, "cat cat cat cat cat cat cat cat cat cat dog two cats")

@@ -9,6 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm.data.latents import CachedLatents
+from ldm.errors import UserError
+from pipelines import LatentDiffusionPipeline
+from pipelines.cli import main as ldm_command
 
 SIZES = [(32, 32)] * 9 + [(32, 60)] * 10 + [(50, 30)] * 9 + [(20, 33)] * 3  # height, width; 9, 13 and 9 in a bucket
 BUCKETS = ["data.aspect_buckets=true", "data.bucket_step=8", "data.horizontal_flip=true"]
@@ -98,3 +101,59 @@ def test_a_unet_that_cannot_halve_a_size_is_refused(folder, arguments_of, fails,
     blocks += ["model.up_block_types=[UpBlock2D,UpBlock2D,UpBlock2D]"]
     line = fails("ldm", arguments_of("ldm", folder, tmp_path / "run", deeper, *blocks))
     assert "latents of 6 × 10" in line and "data.bucket_step a multiple of 4" in line
+
+
+def test_two_sizes_of_one_picture_are_two_conditions(runs, arguments_of, run_script, tmp_path):
+    """The pixels that are encoded are the same; where they come from is not."""
+    (tmp_path / "pictures").mkdir()
+    small = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+    small.save(tmp_path / "pictures" / "0.png")
+    small.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / "pictures" / "1.png")
+    for number in range(2):
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a gradient")
+    further = [f"data.source={tmp_path / 'pictures'}", "data.max_images=100"]
+    assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", *further)) == 0
+    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder/model/vae", runs / "clip/model")
+    batch = data.__getitems__([(0, 0), (0, 1)])
+    assert batch["sizes"].tolist() == [[32, 32, 0, 0, 32, 32], [64, 64, 0, 0, 32, 32]]
+
+
+def test_a_unet_that_is_told_sizes_draws_with_our_pipeline(folder, arguments_of, run_script, fails, tmp_path, capsys):
+    further = ["size_conditioning=true", "model.addition_embed_type=null", "training.max_steps=2"]
+    assert run_script("ldm", arguments_of("ldm", folder, tmp_path / "ldm", *further)) == 0
+    options = {"autoencoder": folder, "clip": folder, "prior": folder, "unet": tmp_path}
+    arguments = [
+        text
+        for option, runs in options.items()
+        for text in (f"--{option}", str(runs / ("ldm" if option == "unet" else option)))
+    ]
+    with pytest.raises(SystemExit) as ended:
+        ldm_command(["assemble", *arguments, "--output", str(tmp_path / "model")])
+    assert ended.value.code == 0
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda _module, _inputs, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+
+    def draw(**sizes):
+        given = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("picture 3", height=24, width=40, generator=generator, **given, **sizes).images
+
+    plain = draw()
+    assert plain.shape == (1, 3, 24, 40)
+    assert seen[-1].tolist() == [[24, 40, 0, 0, 24, 40]] * 2  # both branches of guidance
+    assert torch.equal(plain, draw(original_size=(24, 40), target_size=(24, 40)))
+    other = draw(original_size=(400, 300), crops_coords_top_left=(7, 0), target_size=(48, 80))
+    assert seen[-1][0].tolist() == [400, 300, 7, 0, 48, 80]
+    assert not torch.equal(plain, other)
+    with pytest.raises(UserError, match=r"original_size is 400; it must be two numbers of pixels"):
+        draw(original_size=400)
+
+    # Weights that are told sizes are not those of a run that does not tell them, nor the other way round
+    line = fails("ldm", arguments_of("ldm", folder, tmp_path / "none", f"init={tmp_path / 'ldm'}"))
+    assert "was trained with size_conditioning=True; set it alike" in line
+    line = fails("ldm", arguments_of("ldm", folder, tmp_path / "none", "size_conditioning=true"))
+    assert "size_conditioning must be false unless model.addition_embed_type is null" in line
