@@ -28,7 +28,7 @@ def test_a_scale_is_finite_and_not_negative(value):
 
 @pytest.mark.parametrize("value", [3, (3,), (3, 0), "34", (1.5, 2)])
 def test_a_pair_is_two_whole_numbers(value):
-    with pytest.raises(UserError, match="original_size is|whole number >= 1"):
+    with pytest.raises(UserError, match=r"original_size is|whole number >= 1"):
         check_pair("original_size", value)
 
 

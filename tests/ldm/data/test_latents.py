@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def _read_elsewhere(data, queue):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_data_worker_gets_the_files_names_and_not_what_is_in_them(cache, encoders, method):
     data = CachedLatents(cache, 0, encoders / "vae", encoders)
-    assert len(pickle.dumps(data)) < 4096 < sum(path.stat().st_size for path in cache.iterdir())
+    assert len(ForkingPickler.dumps(data)) < 4096 < sum(path.stat().st_size for path in cache.iterdir())
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=_read_elsewhere, args=(data, queue))
