@@ -7,14 +7,17 @@ again, after the data grew, captions changed, or it was interrupted: only what i
 data no longer hold is dropped. Under `accelerate launch` or torchrun the processes divide the work.
 """
 
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,23 +26,29 @@ from transformers import CLIPVisionConfig
 
 from ldm import config as configuration
 from ldm.clip import export
-from ldm.clip.tokenizer import encode
-from ldm.config import CacheConfig
+from ldm.config import CacheConfig, TrainingConfig
 from ldm.data import latents
+from ldm.data.batches import open_data
 from ldm.data.buckets import bucket_sizes
 from ldm.data.cache import NO_KEY, Held, caption_key, check_folder, embedding_statistics, settings_text
-from ldm.data.captions import CaptionedImages, as_is, open_images, to_float
+from ldm.data.captions import CaptionedImages, as_is
+from ldm.data.decode import open_picture
+from ldm.data.encoders import ImageEncoder, as_tensor, check_finite, encode_captions, joined
 from ldm.data.latents import CacheIndex, CaptionSettings, ImageSettings
 from ldm.data.records import Records, is_whole, write_shard
-from ldm.data.stored import Identities, Pictures
+from ldm.data.shards import Row
+from ldm.data.stored import Identities, Pictures, decoded, identified, stacked
+from ldm.data.stream import LEAST_READ, CaptionedStream
 from ldm.errors import RunError, UserError, exit_code_of
-from ldm.training import precision, run
+from ldm.training import failure, precision, run
 from pipelines.arguments import parse_training_arguments
 
 IDENTIFIED, CAPTIONS = 256, 256  # images or captions at a time
 NAMED = 20  # skipped images in the last line
+WAIT = 86_400  # seconds: a process may have many more images to decode than another
 
 
+@failure.in_words
 @torch.no_grad()
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
@@ -48,7 +57,7 @@ def main() -> None:
     check_folder(folder, {})
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
-    accelerator = Accelerator(mixed_precision=precision.resolve(config.precision))
+    accelerator = run.join_processes(TrainingConfig(precision=config.precision, timeout_seconds=WAIT), can_shard=False)
     image_size = CLIPVisionConfig.from_pretrained(clip_folder / "image_encoder").image_size
     if image_size != config.data.image_size:
         raise UserError(
@@ -68,7 +77,7 @@ def main() -> None:
         tokenizer=latents.tokenizer_digest(clip_folder / "tokenizer"),
     )
     check_folder(folder, {"images": image_settings, "captions": caption_settings})
-    data = open_images(config.data, seed=0)
+    data = open_data(config.data, 0, accelerator.num_processes)
     accelerator.wait_for_everyone()  # before the folder exists, all have checked it
     if accelerator.is_main_process:
         claim(folder)
@@ -81,18 +90,22 @@ def main() -> None:
 
     # Images: what they are, which of them are there already, and records of the others
     images_before = Held(whole_shards(accelerator, folder, "images"))
-    keys, buckets = identities(accelerator, data, config)
-    shards = images_before.lacking(keys, buckets, config.shard_size)
-    write_images(accelerator, vae, clip, data, config, shards, keys, buckets, settings_text(image_settings))
+    encoder = ImageEncoder(vae, clip, config, accelerator.autocast, settings_text(image_settings))
+    if isinstance(data, CaptionedStream):
+        keys, captions_of = write_streamed_images(accelerator, data, encoder, images_before)
+    else:
+        keys, buckets = identities(accelerator, data, config)
+        write_images(accelerator, data, encoder, images_before.lacking(keys, buckets, config.shard_size), keys, buckets)
+        captions_of = data.captions
     accelerator.wait_for_everyone()
     images = Held(sorted(folder.glob("images-*.safetensors")))
     kept = [row for row, key in enumerate(keys) if key in images.places]
     skipped = [row for row, key in enumerate(keys) if key not in images.places]
-    data.check_readable(len(skipped))
+    check_readable(data, len(keys), len(skipped))
 
     # Captions of those images, each different one once, and the empty one, which stands for none
     numbers = {"": 0}
-    choices = [[numbers.setdefault(caption, len(numbers)) for caption in data.captions(row)] for row in kept]
+    choices = [[numbers.setdefault(caption, len(numbers)) for caption in captions_of(row)] for row in kept]
     texts = list(numbers)
     caption_keys = [caption_key(text) for text in texts]
     captions_before = Held(whole_shards(accelerator, folder, "captions"))
@@ -169,7 +182,7 @@ def identities(accelerator: Accelerator, data: CaptionedImages, config: CacheCon
         for batch in load(Identities(data, bucket_sizes(config.data)), in_parts(rows, IDENTIFIED), config):
             parts.append((batch["keys"], batch["buckets"]))
             bad += len(batch["faults"])
-            skip(data, batch["faults"], bad)
+            skip(data, batch["faults"].values(), bad)
             bar.update(len(batch["keys"]) * accelerator.num_processes)
     keys, buckets = (from_all(accelerator, torch.cat(part), len(data)) for part in zip(*parts, strict=True))
     return [key.tobytes() for key in keys.numpy()], buckets.tolist()
@@ -177,37 +190,84 @@ def identities(accelerator: Accelerator, data: CaptionedImages, config: CacheCon
 
 def write_images(
     accelerator: Accelerator,
-    vae: AutoencoderKL,
-    clip: export.ClipTowers,
     data: CaptionedImages,
-    config: CacheConfig,
+    encoder: ImageEncoder,
     shards: list[list[int]],
     keys: list[bytes],
     buckets: list[int],
-    settings: str,
 ) -> None:
     """Encodes the rows in `shards`, of which this process takes its share, and writes each list as one shard."""
+    config = encoder.config
     mine = shards[accelerator.process_index :: accelerator.num_processes]
     places = [[(row, buckets[row]) for row in rows] for shard in mine for rows in in_parts(shard, config.batch_size)]
     batches = iter(load(Pictures(data, bucket_sizes(config.data)), places, config))
     bad = keys.count(NO_KEY)
     with progress(accelerator, sum(map(len, shards)), "encoding images") as bar:
         for shard in mine:
-            parts, kept, refused = [], [], []
+            refused = []
             for rows in in_parts(shard, config.batch_size):
                 batch = next(batches)
                 bad += len(batch["faults"])
-                skip(data, batch["faults"], bad)
-                refused += batch["faults"]
-                kept += batch["rows"]
-                if batch["rows"]:
-                    with accelerator.autocast():
-                        part = encode_images(vae, clip, batch, config.data.horizontal_flip, accelerator.device)
-                    check_finite(part, [f"image {row} of {config.data.source}" for row in batch["rows"]])
-                    parts.append({**part, "sizes": batch["sizes"]})
+                skip(data, batch["faults"].values(), bad)
+                refused += [keys[row] for row in batch["faults"]]
+                if kept := batch["rows"]:
+                    names = [f"image {row} of {config.data.source}" for row in kept]
+                    encoder.add(batch, [keys[row] for row in kept], names)
                 bar.update(len(rows) * accelerator.num_processes)
-            fields = joined(parts) | {"keys": as_tensor(keys, kept), "refused": as_tensor(keys, refused)}
-            write_shard(Path(config.output_dir), "images", fields, settings)
+            encoder.finish_shard(refused)
+
+
+def write_streamed_images(
+    accelerator: Accelerator, data: CaptionedStream, encoder: ImageEncoder, held: Held
+) -> tuple[list[bytes], Callable[[int], list[str]]]:
+    """Encodes what `held` lacks while each process reads its own shards of the data, once. The keys of all rows, in the
+    order of the data, and what gives a row's captions."""
+    config, sizes = encoder.config, bucket_sizes(encoder.config.data)
+    encoders, waiting = [replace(encoder, parts=[], keys=[]) for _ in sizes], [[] for _ in sizes]
+    seen, rows, bad = {*held.places, *held.refused}, [], 0
+
+    def look(row: Row) -> tuple[bytes, int, dict[str, np.ndarray] | None]:
+        """A row's key, its bucket, and its pixels where they are wanted."""
+        try:
+            if row.fault:
+                raise ValueError(row.fault)
+            key, bucket = identified(open_picture(row.picture), sizes)
+            wanted = key not in seen
+            return key, bucket, decoded(open_picture(row.picture), sizes[bucket], sizes[0][0]) if wanted else None
+        except Exception as error:  # damaged files make decoders raise anything
+            tqdm.write(f"warning: {row.name} cannot be used: {error}; skipped", file=sys.stderr)
+            return NO_KEY, 0, None
+
+    def encode_waiting(bucket: int) -> None:
+        if waiting[bucket]:
+            keys, names, pictures = (list(part) for part in zip(*waiting[bucket], strict=True))
+            encoders[bucket].add(stacked(pictures), keys, names)
+            waiting[bucket].clear()
+
+    stored = data.stored(accelerator.process_index)
+    with ThreadPoolExecutor(max(1, config.data.num_workers)) as pool, progress(accelerator, None, "images") as bar:
+        while group := list(itertools.islice(stored, config.batch_size)):
+            looks = pool.map(look, [row for _, row in group])
+            for (shard, row), (key, bucket, picture) in zip(group, looks, strict=True):
+                rows.append((shard, key, row.captions))
+                bad += key == NO_KEY
+                if picture is None or key in seen:
+                    continue
+                seen.add(key)
+                waiting[bucket].append((key, row.name, picture))
+                missing = config.shard_size - len(encoders[bucket].keys) - len(waiting[bucket])
+                if len(waiting[bucket]) == config.batch_size or not missing:
+                    encode_waiting(bucket)
+                if not missing:
+                    encoders[bucket].finish_shard()
+            data.check_bad(len(rows), bad, LEAST_READ)
+            bar.update(len(group) * accelerator.num_processes)
+    for bucket in range(len(sizes)):
+        encode_waiting(bucket)
+        if encoders[bucket].keys:
+            encoders[bucket].finish_shard()
+    rows = sorted(gather_object(rows), key=lambda row: row[0])  # each process has whole shards, in their order
+    return [key for _, key, _ in rows], [captions for _, _, captions in rows].__getitem__
 
 
 def write_captions(
@@ -227,55 +287,26 @@ def write_captions(
                 parts.append(encode_captions(clip, [texts[place] for place in places], accelerator.device))
                 check_finite(parts[-1], [f"caption {texts[place]!r}" for place in places])
                 bar.update(len(places) * accelerator.num_processes)
-            write_shard(folder, "captions", joined(parts) | {"keys": as_tensor(keys, shard)}, settings)
+            write_shard(
+                folder, "captions", joined(parts) | {"keys": as_tensor([keys[place] for place in shard])}, settings
+            )
 
 
-def encode_images(
-    vae: AutoencoderKL, clip: export.ClipTowers, batch: dict[str, Any], both_flips: bool, device: torch.device
-) -> dict[str, Tensor]:
-    """latent_mean, latent_std (n, F, C, h, w), times scaling_factor, of a batch's images, and image_embeds (n, F, D) of
-    its squares."""
-
-    def views(pixels: Tensor) -> Tensor:
-        x = to_float(pixels.numpy())
-        x = torch.stack([x, x.flip(-1)] if both_flips else [x], dim=1).to(device)
-        return x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-
-    squares = views(batch["squares"])
-    images = squares if batch["images"] is batch["squares"] else views(batch["images"])
-    posterior = vae.encode(images).latent_dist
-    encoded = {
-        "latent_mean": (posterior.mean.float() * vae.config.scaling_factor).half(),
-        "latent_std": (posterior.std.float() * vae.config.scaling_factor).half(),
-        "image_embeds": clip.image_encoder(pixel_values=squares).image_embeds.float(),
-    }
-    return {name: values.unflatten(0, (len(batch["rows"]), -1)).cpu() for name, values in encoded.items()}
-
-
-def encode_captions(clip: export.ClipTowers, captions: list[str], device: torch.device) -> dict[str, Tensor]:
-    """text_embeds (n, D), hidden_states (n, L, D_t) and attention_mask (n, L)."""
-    input_ids, attention_mask = encode(clip.tokenizer, captions)
-    output = clip.text_encoder(input_ids.to(device))
-    return {
-        "text_embeds": output.text_embeds.float().cpu(),
-        "hidden_states": output.last_hidden_state.half().cpu(),
-        "attention_mask": attention_mask.to(torch.uint8),
-    }
-
-
-def check_finite(encoded: dict[str, Tensor], names: list[str]) -> None:
-    """Raises RunError where an encoder gave what is no number, naming the first it was given that for."""
-    for field, values in encoded.items():
-        good = torch.isfinite(values).flatten(1).all(dim=1)
-        if not good.all():
-            raise RunError(f"{field} of {names[int((~good).nonzero()[0])]} is not finite; set precision=fp32")
-
-
-def skip(data: CaptionedImages, faults: dict[int, str], bad: int) -> None:
+def skip(data: CaptionedImages, faults: Collection[str], bad: int) -> None:
     """Tells of images that cannot be decoded. Raises RunError where they are too many."""
-    for fault in faults.values():
+    for fault in faults:
         tqdm.write(f"warning: {fault}; skipped", file=sys.stderr)
     if faults:
+        data.check_readable(bad)
+
+
+def check_readable(data: CaptionedImages | CaptionedStream, count: int, bad: int) -> None:
+    """Raises RunError where there are no images, or too many that cannot be decoded."""
+    if not count:
+        raise RunError(f"data.source {data.config.source} holds no images")
+    if isinstance(data, CaptionedStream):
+        data.check_bad(count, bad, 1)
+    else:
         data.check_readable(bad)
 
 
@@ -290,7 +321,7 @@ def load(dataset: Dataset, batches: Sequence[Sequence], config: CacheConfig) -> 
     return DataLoader(dataset, batch_sampler=batches, num_workers=config.data.num_workers, collate_fn=as_is)
 
 
-def progress(accelerator: Accelerator, total: int, doing: str) -> tqdm:
+def progress(accelerator: Accelerator, total: int | None, doing: str) -> tqdm:
     return tqdm(total=total, desc=doing, unit="", dynamic_ncols=True, disable=not accelerator.is_main_process)
 
 
@@ -305,15 +336,6 @@ def from_all(accelerator: Accelerator, part: Tensor, count: int) -> Tensor:
 def in_parts(items: Sequence, size: int) -> list[Sequence]:
     """Consecutive parts of at most `size`."""
     return [items[first : first + size] for first in range(0, len(items), size)]
-
-
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-
-
-def as_tensor(keys: list[bytes], places: Iterable[int]) -> Tensor:
-    """Keys as (n, 32) uint8."""
-    return torch.tensor([list(keys[place]) for place in places], dtype=torch.uint8).view(-1, len(NO_KEY))
 
 
 def told(keys: Iterable[bytes], before: Held) -> str:

@@ -18,54 +18,63 @@ from ldm.data.records import KEY_BYTES
 Sizes = Sequence[tuple[int, int]]
 
 
+def identified(image: Image.Image, sizes: Sizes) -> tuple[bytes, int]:
+    """A picture's key, and the number of the size nearest to its own; it is not decoded for that."""
+    bucket = nearest_bucket(*upright_size(image), sizes) if len(sizes) > 1 else 0
+    return digest(image), bucket
+
+
+def decoded(image: Image.Image, target: tuple[int, int], side: int) -> dict[str, np.ndarray]:
+    """A picture as image (3, *target) and square (3, side, side), uint8, and sizes (6,) int32: height and width of the
+    original, top and left of the crop, height and width of the image."""
+    image = upright(image)
+    original = (image.height, image.width)
+    square = np.asarray(cropped(image, side, side)).transpose(2, 0, 1)
+    return {
+        "images": square if target == (side, side) else np.asarray(cropped(image, *target)).transpose(2, 0, 1),
+        "squares": square,
+        "sizes": np.array([*original, *crop_corner(original, target), *target], np.int32),
+    }
+
+
+def stacked(pictures: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Pictures of one size as a batch; where the images are the squares, both are one tensor."""
+    batch = {name: torch.from_numpy(np.stack([picture[name] for picture in pictures])) for name in ("squares", "sizes")}
+    if pictures[0]["images"] is pictures[0]["squares"]:
+        return batch | {"images": batch["squares"]}
+    return batch | {"images": torch.from_numpy(np.stack([picture["images"] for picture in pictures]))}
+
+
 class Identities(torch.utils.data.Dataset):
-    """What images are, undecoded. A batch is a dict: keys (B, 32) uint8, their digests, zeros for a fault; buckets (B,)
-    int64, the numbers of their sizes; faults."""
+    """What images are. A batch is a dict: keys (B, 32) uint8, zeros for a fault; buckets (B,) int64, the numbers of
+    their sizes; faults."""
 
     def __init__(self, data: CaptionedImages, sizes: Sizes):
         self.data, self.sizes = data, sizes
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Any]:
         keys, buckets, faults = np.zeros((len(rows), KEY_BYTES), np.uint8), np.zeros(len(rows), np.int64), {}
-
-        def identify(image: Image.Image) -> tuple[bytes, int]:
-            bucket = nearest_bucket(*upright_size(image), self.sizes) if len(self.sizes) > 1 else 0
-            return digest(image), bucket
-
         for place, row in enumerate(rows):
-            if (found := _attempt(self.data, row, identify, faults)) is not None:
+            if (found := _attempt(self.data, row, lambda image: identified(image, self.sizes), faults)) is not None:
                 keys[place], buckets[place] = np.frombuffer(found[0], np.uint8), found[1]
         return {"keys": torch.from_numpy(keys), "buckets": torch.from_numpy(buckets), "faults": faults}
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images addressed as (row, bucket), all of one bucket. A batch is a dict of those that can be decoded: rows, a
-    list of B; images (B, 3, h, w) and squares (B, 3, S, S) uint8; sizes (B, 6) int32, which are height and width of the
-    original, top and left of the crop, height and width of the image; faults."""
+    """Images addressed as (row, bucket), all of one bucket. A batch is `stacked` of those that can be decoded, if there
+    are any, with rows, a list of B; and faults."""
 
     def __init__(self, data: CaptionedImages, sizes: Sizes):
         self.data, self.sizes, self.side = data, sizes, data.config.image_size
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        decoded, faults = {}, {}
-        target = self.sizes[places[0][1]]
-
-        def decode(image: Image.Image) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-            image = upright(image)
-            original = (image.height, image.width)
-            views = (np.asarray(cropped(image, *size)).transpose(2, 0, 1) for size in (target, (self.side, self.side)))
-            return *views, (*original, *crop_corner(original, target), *target)
-
+        found, faults, target = {}, {}, self.sizes[places[0][1]]
         for row, _ in places:
-            if (found := _attempt(self.data, row, decode, faults)) is not None:
-                decoded[row] = found
-        batch = {"rows": list(decoded), "faults": faults}
-        if decoded:
-            images, squares, sizes = (np.stack(part) for part in zip(*decoded.values(), strict=True))
-            batch["squares"] = torch.from_numpy(squares)
-            batch["images"] = batch["squares"] if target == (self.side, self.side) else torch.from_numpy(images)
-            batch["sizes"] = torch.from_numpy(sizes.astype(np.int32))
-        return batch
+            picture = _attempt(self.data, row, lambda image: decoded(image, target, self.side), faults)
+            if picture is not None:
+                found[row] = picture
+        batch = {"rows": list(found), "faults": faults}
+        return batch | stacked(list(found.values())) if found else batch
 
 
 def _attempt(data: CaptionedImages, row: int, work: Callable[[Image.Image], Any], faults: dict[int, str]) -> Any:

@@ -76,14 +76,19 @@ class CaptionedStream:
         """Name, pixels uint8 (3, S, S), not flipped, and captions of every sample of a process's shards, once, in the
         order they are stored in; those that cannot be used are told on standard error and left out."""
         num_read = num_bad = 0
+        for _, row in self.stored(rank):
+            pixels = self.decoded(row)
+            num_read, num_bad = num_read + 1, num_bad + (pixels is None)
+            self.check_bad(num_read, num_bad, LEAST_READ)
+            if pixels is not None:
+                yield row.name, pixels, row.captions
+        self.check_bad(num_read, num_bad, 1)
+
+    def stored(self, rank: int) -> Iterator[tuple[int, Row]]:
+        """The shard's number and the sample as it is stored, of every sample of a process's shards, once."""
         for shard in self.own_shards(rank):
             for row in self._patient_rows(shard, 0, pictures=True):
-                pixels = self.decoded(row)
-                num_read, num_bad = num_read + 1, num_bad + (pixels is None)
-                self.check_bad(num_read, num_bad, LEAST_READ)
-                if pixels is not None:
-                    yield row.name, pixels, row.captions
-        self.check_bad(num_read, num_bad, 1)
+                yield shard, row
 
     def excerpt(self, count: int) -> CaptionedImages:
         """The first `count` samples of process 0 that can be used, in memory, for what needs some in any order."""

@@ -1,11 +1,13 @@
 """cache_latents.py: what it leaves out, what it encodes again, and what becomes of it when it is killed."""
 
 import hashlib
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -82,7 +84,9 @@ def test_leaves_out_what_cannot_be_decoded_and_says_so(runs, write, opened, fold
     assert data.latent_shape == whole.latent_shape
     same = [index for index in range(12) if index != BROKEN]
     expected = whole.__getitems__([(0, index) for index in same])
-    for name, values in samples(data).items():
+    read = samples(data)
+    assert read.pop("indices").tolist() == list(range(11))
+    for name, values in read.items():
         torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-3)  # other batches, other rounding
 
     # The second time nothing is encoded, and the image is still told of
@@ -195,6 +199,43 @@ def test_two_processes_write_what_one_does(runs, arguments_of, write, folder, tm
         )
     assert "11 images (11 encoded, 0 reused, 0 duplicates), 1 skipped (image 5)" in (tmp_path / "said").read_text()
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def tar(path, numbers):
+    """The scenes as a webdataset shard."""
+    with tarfile.open(path, "w") as file:
+        for number in numbers:
+            scene = shapes.make_scene(0, number)
+            picture = io.BytesIO()
+            shapes.draw(scene).save(picture, "PNG")
+            for suffix, content in (("png", picture.getvalue()), ("txt", scene.caption.encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+
+
+def test_streamed_data_are_cached_as_they_pass(runs, arguments_of, run_script, write, opened, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for shard, numbers in enumerate((range(7), range(7, 12), range(12, 14))):
+        tar(tmp_path / "shards" / f"{shard}.tar", numbers)
+    source = [f"data.source={tmp_path / 'shards'}", "data.caption_column=txt", "data.max_images=null"]
+    said = write(tmp_path, *source, "data.streaming=true").out
+    assert "14 images (14 encoded, 0 reused, 0 duplicates), 0 skipped, 14 different captions" in said
+    write(tmp_path, *source, name="indexed")
+    whole, streamed = (samples(opened(tmp_path / name)) for name in ("indexed", "cache"))
+    assert all(torch.equal(whole[name], streamed[name]) for name in whole)
+
+    # Read by two processes, the data are in the same order; and what grew is encoded, no more
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    arguments = arguments_of("cache", runs, tmp_path / "two", *SMALL_SHARDS, *source, "data.streaming=true")
+    with (tmp_path / "said").open("w") as log:
+        subprocess.run([*command, ROOT / "train" / "cache_latents.py", *arguments], check=True, timeout=300,
+                       env=ENVIRONMENT, stdout=log, stderr=log)  # fmt: skip
+    two = samples(opened(tmp_path / "two"))
+    assert torch.equal(two["text_embeds"], streamed["text_embeds"])
+    torch.testing.assert_close(two["latent_mean"], streamed["latent_mean"], rtol=1e-3, atol=1e-3)
+    tar(tmp_path / "shards" / "3.tar", range(14, 17))
+    assert "17 images (3 encoded, 14 reused, 0 duplicates)" in write(tmp_path, *source, "data.streaming=true").out
 
 
 def test_one_process_a_folder(runs, arguments_of, fails, tmp_path):
