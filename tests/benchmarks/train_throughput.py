@@ -1,230 +1,230 @@
-"""How fast train/train_ldm.py trains, beside the loop of diffusers' examples/text_to_image/train_text_to_image.py.
+"""How fast, and in how much memory, train/train_ldm.py trains.
 
-    python tests/benchmarks/train_throughput.py [--config configs/cifar10/ldm.yaml] [--rounds 5] [--steps 4]
+    python tests/benchmarks/train_throughput.py [--size small] [--against diffusers] [--rounds 5] [--seconds 10]
 
-Both sides train the same U-Net on the same number of images a step, one optimiser step after the other, in turns. The
-other side encodes images and captions in every step and computes in fp32, as that script does unless told otherwise;
-it is spared the decoding of image files, and is given the image embeddings, which that script does not know. Weights
-are random: time does not depend on them.
+Two real trainings of the same U-Net, as processes that take turns: one runs, the other is stopped, so that a busy
+machine slows both alike. `--against`:
+
+    diffusers   the loop of diffusers' train_text_to_image.py (diffusers_loop.py says what it is spared)
+    fp32        train_ldm.py in plain fp32, not compiled; also compares the losses of the same steps
+    processes   one process of train_ldm.py with one thread, against two of them
+
+U-Nets of 6.0, 16.6 and 37.7 million parameters on 4×16×16 latents, batch 64, 77 tokens; the other stages are trained
+for one step, since time does not depend on weights.
 """
 
 import argparse
-import platform
+import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModel
-
-from ldm import config as configuration
-from ldm.config import AutoencoderConfig, ClipConfig, LdmConfig
-from ldm.diffusion.embedding_noise import noised_embedding
-from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
-from ldm.diffusion.process import prediction_target, q_sample
-from ldm.diffusion.schedule import alphas_bar
-from ldm.errors import UserError, exit_code_of
-from ldm.training import failure, optim, precision
-from ldm.training.randomness import generator, seed_dropout
+from ldm.errors import RunError, UserError, exit_code_of
 from pipelines.arguments import ArgumentParser
-from train.train_ldm import build_unet
 
-CACHED_IMAGES = 4096
-CAPTIONS = 70
-ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-
-Step = Callable[[int], None]
-
-
-def diffusers_loop_step(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    noise_scheduler: DDPMScheduler,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    pixel_values: Tensor,
-    input_ids: Tensor,
-    image_embeds: Tensor,
-) -> None:
-    """One optimiser step of train_text_to_image.py: encode, noise, predict, mean squared error, clip, AdamW.
-
-    pixel_values (B, 3, H, W) in [-1, 1]; input_ids (B, L); image_embeds (B, 2D), the U-Net's class labels.
-    """
-    latents = vae.encode(pixel_values).latent_dist.sample() * vae.config.scaling_factor
-    noise = torch.randn_like(latents)
-    t = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),))
-    noisy_latents = noise_scheduler.add_noise(latents, noise, t)
-    encoder_hidden_states = text_encoder(input_ids, return_dict=False)[0]
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: noise_scheduler.get_velocity(latents, noise, t),
-        "sample": lambda: latents,
-    }[noise_scheduler.config.prediction_type]()
-    prediction = unet(noisy_latents, t, encoder_hidden_states, class_labels=image_embeds, return_dict=False)[0]
-    F.mse_loss(prediction.float(), target.float()).backward()
-    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-    optimizer.step()
-    lr_scheduler.step()
-    optimizer.zero_grad()
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "small": [64, 96, 128],
+    "medium": [96, 160, 224],
+    "large": [96, 192, 384],
+}
+UNET = [
+    "model.down_block_types=[DownBlock2D,CrossAttnDownBlock2D,CrossAttnDownBlock2D]",
+    "model.up_block_types=[CrossAttnUpBlock2D,CrossAttnUpBlock2D,UpBlock2D]",
+    "model.layers_per_block=1",
+    "model.attention_head_dim=4",
+    "sample_prompts=[]",
+]
+DATA = ["data.source=shapes", "data.max_images=1024", "data.horizontal_flip=false", "data.caption_templates=[]"]
+LONG = 1_000_000  # steps that no measurement reaches
+GIVE_UP = 900  # seconds for a side's first steps, compilation included
+LOSS_STEPS = 60
 
 
-def diffusers_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Step:
-    """That loop, with everything it needs; the number of the step is not used."""
-    unet, text = new_unet(config, vae, text_encoder), text_encoder.config
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    lr_scheduler = get_scheduler("constant", optimizer)
-    noise_scheduler = DDPMScheduler(beta_schedule=config.beta_schedule, prediction_type=config.prediction_type)
-    batch = (
-        torch.rand(config.training.batch_size, 3, vae.config.sample_size, vae.config.sample_size) * 2 - 1,
-        torch.randint(text.vocab_size, (config.training.batch_size, text.max_position_embeddings)),
-        torch.randn(config.training.batch_size, 2 * text.projection_dim),
-    )
+@dataclass
+class Side:
+    """A training that goes on only while it is its turn, a process group of its own."""
 
-    def step(_: int) -> None:
-        with sdpa_kernel(list(ATTENTION)):  # as torch chooses: precision.prepare switched that off for the process
-            diffusers_loop_step(unet, vae, text_encoder, noise_scheduler, optimizer, lr_scheduler, *batch)
+    name: str
+    command: list[str]
+    output: Path
+    threads: int
+    speeds: list[float] = field(default_factory=list)
 
-    return step
+    def start(self) -> None:
+        """Up to the third step, which has seen compilation and the first touches of memory."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "ACCELERATE_USE_CPU": "true"}
+        with self.output.with_suffix(".log").open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+            )
+        begin = time.monotonic()
+        while self.steps() < 3:
+            if self.process.poll() is not None or time.monotonic() - begin > GIVE_UP:
+                raise RunError(f"{self.name} did not train: see {self.output.with_suffix('.log')}")
+            time.sleep(0.05)
+        print(f"{self.name}: third step after {time.monotonic() - begin:.0f} s", flush=True)
+        self.pause()
 
+    def steps(self) -> int:
+        path = self.output / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-def our_loop(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Step:
-    """The loop of train/train_ldm.py, in its precision, and compiled where the configuration says so: what `main` there
-    does in a step, from latents and embeddings held in memory, less the DataLoader's bookkeeping and the log."""
-    training, text = config.training, text_encoder.config
-    accelerator = Accelerator(mixed_precision=precision.resolve(training.precision))
-    unet = new_unet(config, vae, text_encoder).to(memory_format=torch.channels_last)
-    precision.prepare(unet, accelerator.mixed_precision, accelerator.device)
-    optimizer = optim.adamw(unet, training)
-    ema = optim.moving_average(unet, training.ema_decay)
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    ema.to(accelerator.device)
-    if training.compile:
-        model.compile()
-    guard = failure.Guard(accelerator, optimizer, Path())
-    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps).to(accelerator.device)
-    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(accelerator.device)
+    def pause(self) -> None:
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
-    latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    latent_mean, latent_std = torch.randn(2, CACHED_IMAGES, *latent_shape).half().abs()
-    image_embeds = torch.randn(CACHED_IMAGES, text.projection_dim)
-    hidden_states = torch.randn(CAPTIONS, text.max_position_embeddings, text.hidden_size).half()
-    mean, std = torch.zeros(text.projection_dim), torch.ones(text.projection_dim)
+    def turn(self, seconds: float, batch_size: int) -> None:
+        """Runs from the end of a step to the end of another, `seconds` or more later, and notes the samples a second."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        first, begin = self._next_step(self.steps())
+        last, end = first, begin
+        while end - begin < seconds:
+            last, end = self._next_step(last)
+        self.speeds.append((last - first) * batch_size / (end - begin))
+        self.pause()
 
-    def step(number: int) -> None:
-        seed_dropout(config.seed, number, 0)
-        rate = optim.set_learning_rate(optimizer, number, training)
-        draw, size = generator(config.seed, "ldm", number), training.batch_size
-        chosen = torch.randint(CACHED_IMAGES, (size,), generator=draw)
-        posterior_noise, noise = torch.randn(2, size, *latent_shape, generator=draw)
-        embedding_noise = torch.randn(size, text.projection_dim, generator=draw)
-        draws = torch.rand(3, size, generator=draw)
-        t = timesteps(draws[0], config.num_train_timesteps, config.timestep_sampling)
-        level = timesteps(draws[1], config.max_noise_level + 1, "uniform")
-        no_caption, no_image = dropped(
-            draws[2], config.caption_dropout, config.image_embedding_dropout, config.joint_dropout
-        )
-        tokens = hidden_states[chosen % CAPTIONS].float()
-        tokens = torch.where(no_caption[:, None, None], hidden_states[:1].float(), tokens)
-        condition = noised_embedding(image_embeds[chosen], mean, std, level, embedding_alpha_bar, embedding_noise)
-        condition = condition.masked_fill(no_image[:, None], 0.0)
-        z_0 = latent_mean[chosen].float() + latent_std[chosen].float() * posterior_noise
-        z_t = q_sample(z_0, alpha_bar[t], noise).contiguous(memory_format=torch.channels_last)
-        prediction = model(z_t, t, encoder_hidden_states=tokens, class_labels=condition).sample
-        target = prediction_target(config.prediction_type, z_0, alpha_bar[t], noise)
-        error = squared_error(prediction, target)
-        if config.min_snr_gamma is not None:
-            error = error * min_snr_weight(alpha_bar[t], config.prediction_type, config.min_snr_gamma).to(error)
-        loss = error.mean()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        guard.saw(loss, chosen)
-        guard.check(norm, step=number + 1, learning_rate=rate)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
+    def _next_step(self, before: int) -> tuple[int, float]:
+        while (steps := self.steps()) <= before:
+            if self.process.poll() is not None:
+                raise RunError(f"{self.name} ended: see {self.output.with_suffix('.log')}")
+            time.sleep(0.002)
+        return steps, time.monotonic()
 
-    return step
+    def peak_memory(self) -> float:
+        """The most memory that its processes had, in MiB."""
+        group = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True, text=True, check=True)
+        peaks = [Path(f"/proc/{number}/status").read_text() for number in group.stdout.split()]
+        return sum(int(peak.split("VmHWM:")[1].split()[0]) for peak in peaks if "VmHWM:" in peak) / 1024
 
-
-def new_unet(config: LdmConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> UNet2DConditionModel:
-    torch.manual_seed(config.seed)
-    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    text = text_encoder.config
-    return build_unet(config, (vae.config.latent_channels, side, side), text.hidden_size, text.projection_dim)
-
-
-def frozen_encoders(folder: Path) -> tuple[AutoencoderKL, CLIPTextModel]:
-    """The autoencoder and the text tower that autoencoder.yaml and clip.yaml in `folder` describe."""
-    vae = AutoencoderKL(**configuration.load(AutoencoderConfig, folder / "autoencoder.yaml").model)
-    clip = configuration.load(ClipConfig, folder / "clip.yaml")
-    text = CLIPTextConfig(
-        vocab_size=clip.vocabulary_size or 49408,
-        max_position_embeddings=clip.context_length,
-        hidden_size=clip.model["text_width"],
-        intermediate_size=4 * clip.model["text_width"],
-        num_hidden_layers=clip.model["text_layers"],
-        num_attention_heads=clip.model["text_heads"],
-        projection_dim=clip.model["embedding_dim"],
-    )
-    return vae.eval().requires_grad_(False), CLIPTextModel(text).eval().requires_grad_(False)
-
-
-def interleaved(loops: dict[str, Step], rounds: int, steps: int, batch_size: int) -> dict[str, list[float]]:
-    """Images a second of each loop in each round, in turns, so that a busy machine slows all alike."""
-    speeds = {name: [] for name in loops}
-    for name, loop in loops.items():  # compilation, and first touches of memory
-        start = time.perf_counter()
-        for number in range(2):
-            loop(number)
-        print(f"{name}: warmed up in {time.perf_counter() - start:.1f} s", flush=True)
-    for turn in range(rounds):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            for number in range(steps):
-                loop(2 + turn * steps + number)
-            speeds[name].append(steps * batch_size / (time.perf_counter() - start))
-        print(
-            f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items()), flush=True
-        )
-    return speeds
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Training throughput of the U-Net against diffusers' own training loop.")
-    parser.add_argument("--config", type=Path, default=Path("configs/cifar10/ldm.yaml"))
+    parser = ArgumentParser(description="Throughput and memory of training the U-Net.")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--against", choices=("diffusers", "fp32", "processes"), default="diffusers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps of each side in a round")
+    parser.add_argument("--seconds", type=float, default=10, help="least length of a turn")
+    parser.add_argument("--threads", type=int, default=2, help="of each side, but for processes, which have one each")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train_ldm.py alone")
     arguments = parser.parse_args()
-    check(arguments)
-    config = configuration.load(LdmConfig, arguments.config)
-    encoders = frozen_encoders(arguments.config.parent)
-    ours = f"train_ldm ({precision.resolve(config.training.precision)}, compile {config.training.compile})"
-    loops = {"train_text_to_image (fp32)": diffusers_loop(config, *encoders), ours: our_loop(config, *encoders)}
-    speeds = interleaved(loops, arguments.rounds, arguments.steps, config.training.batch_size)
+    if arguments.rounds < 1 or arguments.seconds <= 0:
+        raise UserError("--rounds must be at least 1, and --seconds more than 0")
+    with tempfile.TemporaryDirectory() as folder:
+        stages = train_stages(Path(folder))
+        sides = sides_of(arguments, stages)
+        try:
+            for side in sides:
+                side.start()
+            for turn in range(arguments.rounds):
+                for side in sides:
+                    side.turn(arguments.seconds, arguments.batch_size)
+                print(f"round {turn + 1}: " + ", ".join(f"{s.name} {s.speeds[-1]:.1f}" for s in sides), flush=True)
+            report(sides)
+            if arguments.against == "fp32":
+                compare_losses(sides, arguments)
+        finally:
+            for side in sides:
+                if hasattr(side, "process"):
+                    side.end()
 
+
+def train_stages(folder: Path) -> Path:
+    """Everything that the U-Net's training reads, in `folder`: one step of each stage."""
+    once = ["training.max_steps=1", *DATA]
+    for script, config, further in (
+        ("train_clip", "shapes/clip", ["context_length=77", "model.embedding_dim=256", "model.text_width=256", *once]),
+        ("train_autoencoder", "cifar10/autoencoder", once),
+        ("cache_latents", "shapes/cache", [f"clip={folder / 'clip'}", f"autoencoder={folder / 'autoencoder'}", *DATA]),
+    ):
+        name = config.split("/")[1]
+        path = ROOT / "configs" / f"{config}.yaml"
+        command = [sys.executable, ROOT / "train" / f"{script}.py", "--config", path, f"output_dir={folder / name}"]
+        done = subprocess.run([*command, *further], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RunError(f"{script}.py: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def sides_of(arguments: argparse.Namespace, stages: Path) -> list[Side]:
+    """The baseline, then what is measured against it."""
+    config = str(ROOT / "configs" / "cifar10" / "ldm.yaml")
+    common = [
+        f"model.block_out_channels={SIZES[arguments.size]}".replace(" ", ""),
+        f"training.batch_size={arguments.batch_size}",
+        f"training.max_steps={LONG}",
+        "training.learning_rate_schedule=constant",
+        *UNET,
+    ]
+    ours = [
+        *(f"{name}={stages / name}" for name in ("clip", "autoencoder", "cache")),
+        *(f"training.{name}_every={LONG}" for name in ("sample", "checkpoint")),
+        "training.log_every=1",
+        "prior=null",
+    ]
+
+    def trained(name: str, threads: int, *further: str, processes: int = 1) -> Side:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--standalone"]
+        output = stages / name.replace(" ", "-")
+        script = [*(launcher if processes > 1 else []), str(ROOT / "train" / "train_ldm.py"), "--config", config]
+        command = [sys.executable, *script, f"output_dir={output}", *common, *ours, *arguments.overrides, *further]
+        return Side(name, command, output, threads)
+
+    if arguments.against == "processes":
+        return [trained("one process", 1), trained("two processes", 1, processes=2)]
+    if arguments.against == "fp32":
+        plain = trained("fp32", arguments.threads, "training.precision=fp32", "training.compile=false")
+        return [plain, trained("train_ldm", arguments.threads)]
+    loop = [sys.executable, str(ROOT / "tests" / "benchmarks" / "diffusers_loop.py"), "--config", config]
+    output = stages / "diffusers"
+    loop += ["--stages", str(stages), "--output", str(output), *common]
+    return [Side("train_text_to_image", loop, output, arguments.threads), trained("train_ldm", arguments.threads)]
+
+
+def report(sides: list[Side]) -> None:
+    floor = imports_memory()
+    for side in sides:
+        speeds = side.speeds
+        print(
+            f"{side.name:<22}{statistics.median(speeds):8.1f} samples/s ({min(speeds):.1f} … {max(speeds):.1f}), "
+            f"peak {side.peak_memory():,.0f} MiB"
+        )
+    before, after = sides
+    print(f"ratio of speeds {statistics.median(after.speeds) / statistics.median(before.speeds):.2f}")
+    memory = [side.peak_memory() for side in sides]
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, batch {config.training.batch_size}; images/s, median"
+        f"ratio of memory {memory[1] / memory[0]:.2f}; beyond the {floor:,.0f} MiB that the imports take "
+        f"{(memory[1] - floor) / (memory[0] - floor):.2f}"
     )
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    for name, values in speeds.items():
-        print(f"{name:<40}{medians[name]:8.1f}   ({min(values):.1f} … {max(values):.1f})")
-    baseline, faster = medians.values()
-    print(f"ratio {faster / baseline:.2f}")
 
 
-def check(arguments: argparse.Namespace) -> None:
-    for name in ("rounds", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+def imports_memory() -> float:
+    """What a process holds that has imported the training script, in MiB."""
+    say = "import runpy, resource; runpy.run_path('train/train_ldm.py', run_name='no'); "
+    say += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(done.stdout) / 1024
+
+
+def compare_losses(sides: list[Side], arguments: argparse.Namespace) -> None:
+    """The mean loss of steps 31 … 60, which both sides make with the same samples and noise."""
+    means = []
+    for side in sides:
+        while side.steps() < LOSS_STEPS:
+            side.turn(arguments.seconds, arguments.batch_size)
+        lines = (side.output / "metrics.jsonl").read_text().splitlines()[:LOSS_STEPS]
+        means.append(statistics.mean(json.loads(line)["loss"] for line in lines[LOSS_STEPS // 2 :]))
+    difference = 100 * (means[1] / means[0] - 1)
+    print(f"loss of steps {LOSS_STEPS // 2 + 1} … {LOSS_STEPS}: {means[0]:.5f} and {means[1]:.5f}, {difference:+.2f} %")
 
 
 if __name__ == "__main__":
