@@ -96,6 +96,8 @@ def main() -> None:
     for step, batch in enumerate(loader, start=first_step):
         seed_dropout(config.seed, step, share.rank)
         rate = optim.set_learning_rate(optimizer, step, training)
+        if len(token_ids) > TOKENIZER_CAPTIONS:  # streams bring new captions without end
+            token_ids.clear()
         for caption in set(batch["captions"]) - token_ids.keys():
             token_ids[caption] = encode(tokenizer, [caption])[0][0]
         input_ids = torch.stack([token_ids[caption] for caption in batch["captions"]]).to(accelerator.device)
