@@ -109,14 +109,8 @@ def test_two_processes_read_shards_of_their_own_and_know_where_each_was(argument
     assert "2 processes were reading" in line and "start as many as before" in line
 
 
-def test_the_cache_reads_shards_on_disk_in_any_order(arguments_of, runs, run_script, source, tmp_path, capsys):
-    settings = [f"data.source={source}", "data.caption_column=txt", "data.max_bad_fraction=0.2"]
-    assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", *settings)) == 0
-    assert "20 images (20 encoded" in capsys.readouterr().out
-
-
-def test_what_cannot_be_streamed_is_told(arguments_for, arguments_of, runs, fails, source, tmp_path):
+def test_what_cannot_be_streamed_is_told(arguments_for, arguments_of, runs, fails, tmp_path):
     assert "class_conditional" in fails("ldm", arguments_for("ldm", tmp_path / "run", "class_conditional=true"))
-    streamed = [f"data.source={source}", "data.streaming=true", "data.max_images=null", "data.caption_column=txt"]
-    assert "in any order" in fails("cache", arguments_of("cache", runs, tmp_path / "run", *streamed))
+    streamed = ["data.source=shapes", "data.streaming=true", "data.max_images=null"]
+    assert "no tar shards, parquet files" in fails("cache", arguments_of("cache", runs, tmp_path / "run", *streamed))
     assert not (tmp_path / "run").exists()
