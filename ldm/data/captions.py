@@ -151,11 +151,11 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
         return _open_shapes(config, seed)
     if config.source == "digits":
         return _open_digits(config, seed)
-    if is_folder_of_text_files(config.source):
-        return _open_text_files(config, seed, Path(config.source))
     if tars.is_tars(config.source):
         read_image, captions = tars.index(config)
         return CaptionedImages(config, seed, read_image, lambda index: captions[index], len(captions))
+    if is_folder_of_text_files(config.source):
+        return _open_text_files(config, seed, Path(config.source))
     table = load_table(config)
     image_column = image_column_of(config, table)
     caption_of = _caption_reader(config, table, image_column)

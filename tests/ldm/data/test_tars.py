@@ -32,6 +32,7 @@ def test_ranges():
 @pytest.mark.parametrize("source", ["*.tar", "shard-{000..002}.tar", ""])
 def test_a_glob_a_range_and_a_folder_name_the_same_shards(tmp_path, write_shards, source):
     paths = write_shards(tmp_path, [3, 1, 4])
+    (tmp_path / "notes.txt").write_text("no caption")
     assert shards_of(str(tmp_path / source)) == [str(path) for path in paths]
     batch = all_of(source=str(tmp_path / source), caption_column="txt")
     numbers = [0, 1, 2, 10, 20, 21, 22, 23]
