@@ -30,7 +30,7 @@ from ldm.config import CacheConfig, TrainingConfig
 from ldm.data import latents
 from ldm.data.batches import open_data
 from ldm.data.buckets import bucket_sizes
-from ldm.data.cache import NO_KEY, Held, caption_key, check_folder, embedding_statistics, settings_text
+from ldm.data.cache import NO_KEY, Held, caption_key, check_folder, content_digest, embedding_statistics, settings_text
 from ldm.data.captions import CaptionedImages, as_is
 from ldm.data.decode import open_picture
 from ldm.data.encoders import ImageEncoder, as_tensor, check_finite, encode_captions, joined
@@ -132,6 +132,14 @@ def main() -> None:
             caption_settings=caption_settings,
             num_rows=len(kept),
             latent_shape=square_shape(records, config.data.image_size),
+            content=content_digest(
+                (settings_text(image_settings) + settings_text(caption_settings)).encode(),
+                *(
+                    key
+                    for row, of_row in zip(kept, choices, strict=True)
+                    for key in (keys[row], *(caption_keys[number] for number in of_row))
+                ),
+            ),
             images=[path.name for path in image_shards],
             captions=[path.name for path in caption_shards],
             rows=write_shard(folder, "rows", rows).name,

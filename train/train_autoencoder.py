@@ -29,7 +29,7 @@ from ldm.autoencoders.sparse import SparseAutoencoder
 from ldm.autoencoders.variational import VariationalAutoencoder
 from ldm.clip import export
 from ldm.config import AutoencoderConfig
-from ldm.data.batches import micro_batches, open_data, stream_state
+from ldm.data.batches import data_state, micro_batches, open_data
 from ldm.data.captions import CaptionedImages
 from ldm.data.order import global_batch
 from ldm.errors import UserError, exit_code_of
@@ -170,7 +170,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | share.state() | stream_state(accelerator, data, batch)
+            state = guard.state() | share.state() | data_state(accelerator, data, batch)
             tensors = {
                 "model": autoencoder.state_dict(),
                 "ema": optim.ema_tensors(ema, autoencoder),

@@ -18,7 +18,7 @@ from ldm.clip.model import build, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
 from ldm.clip.tokenizer import clip_tokenizer, encode, train_tokenizer
 from ldm.config import ClipConfig
-from ldm.data.batches import micro_batches, open_data, stream_state
+from ldm.data.batches import data_state, micro_batches, open_data
 from ldm.data.captions import CaptionedImages
 from ldm.data.stream import CaptionedStream
 from ldm.errors import UserError, exit_code_of
@@ -163,7 +163,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | stream_state(accelerator, data, batch)
+            state = guard.state() | data_state(accelerator, data, batch)
             tensors = {
                 "model": model.state_dict(),
                 "ema": optim.ema_tensors(ema, model),

@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig
 from ldm import config as configuration
 from ldm.clip import export
 from ldm.config import LdmConfig
-from ldm.data.batches import micro_batches, stream_state
+from ldm.data.batches import data_state, micro_batches
 from ldm.data.latents import CachedLatents
 from ldm.data.order import Share
 from ldm.diffusion import importance
@@ -157,7 +157,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | share.state() | stream_state(accelerator, task.data, batch)
+            state = guard.state() | share.state() | data_state(accelerator, task.data, batch)
             tensors = {
                 "model": unet.state_dict(),
                 "ema": optim.ema_tensors(ema, unet),

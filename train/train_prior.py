@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, PriorTransformer
-from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection
 
 from ldm import config as configuration
 from ldm.config import PriorConfig
-from ldm.data.captions import as_is
+from ldm.data.batches import data_state, micro_batches
 from ldm.data.latents import CachedLatents
-from ldm.data.order import MicroBatches, global_batch
+from ldm.data.order import global_batch
 from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
@@ -87,12 +86,7 @@ def main() -> None:
         optim.restore(resumed, prior, ema, optimizer)
 
     # Data: a pure function of the step
-    loader = DataLoader(
-        data,
-        batch_sampler=MicroBatches(len(data), share, config.seed, first_step, training.max_steps),
-        num_workers=config.data.num_workers,
-        collate_fn=as_is,
-    )
+    loader = micro_batches(data, config, share, resumed)
     no_text = data.no_text()
     folder = run.claim(config, accelerator)
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
@@ -153,7 +147,8 @@ def main() -> None:
                 "ema": optim.ema_tensors(ema, prior),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
-            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, guard.state()), training.keep_checkpoints)
+            state = guard.state() | data_state(accelerator, data, batch)
+            checkpoint.save(folder / "checkpoints", Checkpoint(done, tensors, state), training.keep_checkpoints)
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)

@@ -38,7 +38,8 @@ def micro_batches(
     hold is a function of the step; of a stream, of the position it was left in.
 
     Raises:
-        UserError: a stream was read by another number of processes, or from another number of shards.
+        UserError: a stream was read by another number of processes, or from another number of shards; a cache held
+            something else.
     """
     first_step, workers = 0 if resumed is None else resumed.step, config.data.num_workers
     stream = data.images if isinstance(data, Pixels) else data
@@ -48,6 +49,7 @@ def micro_batches(
         collate = data.prepared if isinstance(data, Pixels) else as_is
         loader = DataLoader(reader, batch_size=None, num_workers=min(workers, 1), collate_fn=collate)
     else:
+        _check_cache(data, config, resumed)
         buckets = data.buckets if isinstance(data, CachedLatents) else None
         if buckets is not None and (count := never_seen(buckets, share.batch_size)) and share.rank == 0:
             tqdm.write(
@@ -71,15 +73,28 @@ def _in_one_line(loader: DataLoader) -> Iterator[dict[str, Any]]:
         raise type(error)(str(error).rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]) from None
 
 
-def stream_state(accelerator: Accelerator, data: object, batch: dict[str, Any]) -> dict[str, Any]:
-    """For a checkpoint: where every process is in the stream after `batch`, or nothing where none is streamed. Every
-    process has to call it."""
+def data_state(accelerator: Accelerator, data: object, batch: dict[str, Any]) -> dict[str, Any]:
+    """For a checkpoint: where every process is in a stream after `batch`, or what a cache holds. Every process has to
+    call it."""
+    if isinstance(data, CachedLatents):
+        return {"cache": data.index.content}
     if "position" not in batch:
         return {}
     stream = data.images if isinstance(data, Pixels) else data
     own = torch.tensor([astuple(batch["position"])], device=accelerator.device)
     positions = [asdict(Position(*numbers)) for numbers in accelerator.gather(own).tolist()]
     return {"stream": {"shards": stream.shards.count, "positions": positions}}
+
+
+def _check_cache(data: object, config: RunConfig, resumed: Saved | None) -> None:
+    """Raises UserError where a resumed run would go on with another cache than it had."""
+    if not isinstance(data, CachedLatents) or resumed is None or "cache" in config.resume.allow:
+        return
+    if resumed.state.get("cache", data.index.content) != data.index.content:
+        raise UserError(
+            f"--resume: cache {data.folder} no longer holds what it held when step {resumed.step} was saved; write it "
+            "as it was, or allow the change with resume.allow=[cache]"
+        )
 
 
 def _position(stream: CaptionedStream, share: Share, resumed: Saved | None) -> Position:

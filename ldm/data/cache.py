@@ -26,6 +26,14 @@ def caption_key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
 
 
+def content_digest(*parts: bytes) -> str:
+    """sha256 of parts one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def settings_text(settings: Any) -> str:
     """Settings as a shard's metadata hold them."""
     return json.dumps(asdict(settings), sort_keys=True)

@@ -67,6 +67,8 @@ class CacheIndex:
     num_rows: int
     latent_shape: tuple[int, int, int]
     """(C, h, w) of a square image's latents."""
+    content: str
+    """sha256 of all that training sees: the settings, and every row's image and captions, in order."""
     images: list[str]
     captions: list[str]
     rows: str

@@ -6,9 +6,7 @@ Tensors are kept in safetensors and everything else in JSON: no pickle is writte
 processes (`ldm.training.sharded`) are in shard-00001-….safetensors …, one file a process, instead.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ldm import files
 from ldm.errors import RunError
 from ldm.training import sharded
 
@@ -80,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _finish(temporary, checkpoint, digests)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(folder)
+        files.flush(folder)
         if not _is_whole(final):
             raise OSError(None, "what was written is not what is read back")
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -110,13 +109,13 @@ def _write_whole(temporary: Path, checkpoint: Checkpoint) -> dict[str, str]:
         # Clones, because safetensors refuses tensors that share memory, as tied weights and views do.
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
                   temporary / f"{name}.safetensors")  # fmt: skip
-    return {path.name: _sha256(path) for path in temporary.iterdir()}
+    return {path.name: files.sha256(path) for path in temporary.iterdir()}
 
 
 def _write_shards(temporary: Path, checkpoint: Checkpoint) -> dict[str, str]:
     """Writes one file a process, all of them together. Returns sha256 by file name, of all."""
     distributed.barrier()  # the folder is there
-    own = {path.name: _sha256(path) for path in sharded.write(temporary, checkpoint.tensors)}
+    own = {path.name: files.sha256(path) for path in sharded.write(temporary, checkpoint.tensors)}
     return {name: digest for digests in gather_object([own]) for name, digest in digests.items()}
 
 
@@ -124,13 +123,12 @@ def _finish(temporary: Path, checkpoint: Checkpoint, digests: dict[str, str]) ->
     """Writes state and manifest; all files are on disk when this returns."""
     state = temporary / "state.json"
     state.write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2))
-    manifest = dict(sorted({**digests, state.name: _sha256(state)}.items()))
+    manifest = dict(sorted({**digests, state.name: files.sha256(state)}.items()))
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    readable = 0o666 & ~_umask()
     for path in temporary.iterdir():
-        path.chmod(readable)  # safetensors writes 0600, which other users cannot read
-        _flush(path)
-    _flush(temporary)
+        files.make_readable(path)
+        files.flush(path)
+    files.flush(temporary)
 
 
 def newest(folder: Path) -> Path | None:
@@ -155,26 +153,6 @@ def _by_age(folder: Path) -> list[Path]:
 def _is_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        return bool(manifest) and all(_sha256(path / name) == digest for name, digest in manifest.items())
+        return bool(manifest) and all(files.sha256(path / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Forces a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -238,6 +238,18 @@ def test_streamed_data_are_cached_as_they_pass(runs, arguments_of, run_script, w
     assert "17 images (3 encoded, 14 reused, 0 duplicates)" in write(tmp_path, *source, "data.streaming=true").out
 
 
+def test_a_resumed_run_reads_what_it_began_with(runs, arguments_of, run_script, fails, tmp_path):
+    (tmp_path / "clip").symlink_to(runs / "clip")
+    shutil.copytree(runs / "cache", tmp_path / "cache")
+    assert run_script("prior", arguments_of("prior", tmp_path, tmp_path / "run")) == 0
+    assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", "data.max_images=23")) == 0
+    longer = ["training.max_steps=6", "resume.allow=[training.max_steps]", "--resume"]
+    line = fails("prior", arguments_of("prior", tmp_path, tmp_path / "run", *longer))
+    assert "no longer holds what it held when step 4 was saved" in line and "resume.allow=[cache]" in line
+    longer[1] = "resume.allow=[training.max_steps,cache]"
+    assert run_script("prior", arguments_of("prior", tmp_path, tmp_path / "run", *longer)) == 0
+
+
 def test_one_process_a_folder(runs, arguments_of, fails, tmp_path):
     shutil.copytree(runs / "cache", tmp_path / "cache")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=1); input()"

@@ -78,6 +78,7 @@ def cache(encoders):
         ),
         num_rows=IMAGES,
         latent_shape=LATENT,
+        content="",
         images=[path.name for path in images],
         captions=[write_shard(folder, "captions", captions).name],
         rows=write_shard(folder, "rows", rows).name,
