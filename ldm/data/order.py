@@ -82,6 +82,12 @@ def global_bucket_batch(
     return [(epoch, sample) for sample in buckets[bucket][places].tolist()]
 
 
+def in_order(count: int, size: int, buckets: Sequence[torch.Tensor] | None = None) -> list[list[int]]:
+    """The first `count` samples in lists of at most `size`, each of one of `buckets` where there are some."""
+    kinds = [range(count)] if buckets is None else [[n for n in samples.tolist() if n < count] for samples in buckets]
+    return [list(kind[first : first + size]) for kind in kinds for first in range(0, len(kind), size)]
+
+
 def never_seen(buckets: Sequence[torch.Tensor], batch_size: int) -> int:
     """Samples in buckets that never fill a batch.
 

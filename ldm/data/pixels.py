@@ -38,6 +38,9 @@ class Pixels(torch.utils.data.Dataset):
             numbers = {caption: number for number, caption in enumerate(self.classes)}
             self.labels = torch.tensor([numbers[caption] for caption in captions])
 
+    buckets = None
+    """All images are of one shape."""
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ldm.config import LdmConfig
 from ldm.data.batches import open_data
 from ldm.data.captions import open_images
 from ldm.data.latents import CachedLatents
-from ldm.data.order import Share
+from ldm.data.order import Share, in_order
 from ldm.data.pixels import Pixels
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import squared_error
@@ -54,10 +55,9 @@ def validation_losses(
     """
     device, size = alpha_bar.device, config.training.batch_size
     errors: list[list[Tensor]] = [[] for _ in range(VALIDATION_TIMESTEPS)]
-    for first in range(0, min(VALIDATION_IMAGES, len(task.validation)), size):
-        places = [(0, index) for index in range(first, min(first + size, VALIDATION_IMAGES, len(task.validation)))]
-        batch, share = task.validation.__getitems__(places), Share(len(places))
-        draw = generator(config.seed, "validation", first)
+    for indices in in_order(min(VALIDATION_IMAGES, len(task.validation)), size, task.validation.buckets):
+        batch, share = task.validation.__getitems__([(0, index) for index in indices]), Share(len(indices))
+        draw = generator(config.seed, "validation", indices[0])
         conditions = task.conditions(batch, draw, share, share.slice(0))
         z_0 = batch["latent_mean"].to(device)
         for part, collected in enumerate(errors):
@@ -73,7 +73,11 @@ def validation_losses(
 def try_step(accelerator: Accelerator, task: Task, micro_batch_size: int) -> None:
     """The gradients of some loss of so many samples, for the memory they take."""
     share, draw = Share(micro_batch_size), torch.Generator()
-    batch = task.data.__getitems__([(0, index % len(task.data)) for index in range(micro_batch_size)])
+    indices = range(len(task.data))
+    if task.data.buckets is not None:  # the images of the most numbers
+        largest = max(range(len(task.data.buckets)), key=lambda bucket: prod(task.data.latent_shapes[bucket]))
+        indices = task.data.buckets[largest].tolist()
+    batch = task.data.__getitems__([(0, indices[number % len(indices)]) for number in range(micro_batch_size)])
     conditions = task.conditions(batch, draw, share, share.slice(0))
     z_t = batch["latent_mean"].to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.autocast():

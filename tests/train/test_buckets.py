@@ -83,6 +83,13 @@ def test_training_sees_every_shape_and_resumes_exactly(folder, arguments_of, run
     torch.testing.assert_close(losses("halves"), losses("whole"), rtol=1e-5, atol=0)
 
 
+def test_validation_and_the_search_for_a_micro_batch_see_one_shape(folder, arguments_of, run_script, tmp_path):
+    further = [f"validation_cache={folder / 'cache'}", "training.find_micro_batch=true", "training.max_steps=2"]
+    assert run_script("ldm", arguments_of("ldm", folder, tmp_path / "run", *further, "sample_prompts=[]")) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert any("validation_loss" in json.loads(line) for line in lines)
+
+
 def test_the_prior_trains_on_all_sizes(folder, arguments_of, run_script, tmp_path):
     assert run_script("prior", arguments_of("prior", folder, tmp_path / "run", "training.max_steps=2")) == 0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.data.order import MicroBatches, Share, epoch_order, global_batch, global_bucket_batch, never_seen
+from ldm.data.order import MicroBatches, Share, epoch_order, global_batch, global_bucket_batch, in_order, never_seen
 from ldm.errors import UserError
 
 
@@ -82,6 +82,11 @@ def test_every_process_and_accumulation_step_has_the_same_bucket(accumulation, p
     for step in range(3, 9):
         seen = [next(iterator) for _ in range(accumulation) for iterator in iterators]
         assert [place for micro_batch in seen for place in micro_batch] == global_bucket_batch(step, 4, BUCKETS, 5)
+
+
+def test_samples_in_order_are_in_lists_of_one_bucket():
+    assert in_order(5, 2) == [[0, 1], [2, 3], [4]]
+    assert in_order(15, 6, BUCKETS) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13], [14]]
 
 
 def test_a_batch_that_no_bucket_fills_is_refused():
