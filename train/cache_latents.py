@@ -127,19 +127,13 @@ def main() -> None:
             "embedding_mean": mean,
             "embedding_std": std,
         }
+        row_keys = ([keys[row], *(caption_keys[n] for n in of_row)] for row, of_row in zip(kept, choices, strict=True))
         index = CacheIndex(
             image_settings=image_settings,
             caption_settings=caption_settings,
             num_rows=len(kept),
             latent_shape=square_shape(records, config.data.image_size),
-            content=content_digest(
-                (settings_text(image_settings) + settings_text(caption_settings)).encode(),
-                *(
-                    key
-                    for row, of_row in zip(kept, choices, strict=True)
-                    for key in (keys[row], *(caption_keys[number] for number in of_row))
-                ),
-            ),
+            content=content_digest((image_settings, caption_settings), row_keys),
             images=[path.name for path in image_shards],
             captions=[path.name for path in caption_shards],
             rows=write_shard(folder, "rows", rows).name,

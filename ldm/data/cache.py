@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ def caption_key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
 
 
-def content_digest(*parts: bytes) -> str:
-    """sha256 of parts one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
+def content_digest(settings: Sequence[Any], rows: Iterable[Iterable[bytes]]) -> str:
+    """sha256 of settings, and of every row's keys in turn."""
+    digest = hashlib.sha256("".join(settings_text(setting) for setting in settings).encode())
+    for keys in rows:
+        digest.update(b"".join(keys))
     return digest.hexdigest()
 
 
