@@ -41,7 +41,6 @@ UNET = [
     "model.attention_head_dim=4",
     "sample_prompts=[]",
 ]
-DATA = ["data.source=shapes", "data.max_images=1024", "data.horizontal_flip=false", "data.caption_templates=[]"]
 LONG = 1_000_000  # steps that no measurement reaches
 GIVE_UP = 900  # seconds for a side's first steps, compilation included
 LOSS_STEPS = 60
@@ -80,7 +79,7 @@ class Side:
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def turn(self, seconds: float, batch_size: int) -> None:
-        """Runs from the end of a step to the end of another, `seconds` or more later, and notes the samples a second."""
+        """Goes on from the end of a step to that of another, `seconds` or more later; notes the samples a second."""
         os.killpg(self.process.pid, signal.SIGCONT)
         first, begin = self._next_step(self.steps())
         last, end = first, begin
@@ -138,13 +137,19 @@ def main() -> None:
                     side.end()
 
 
-def train_stages(folder: Path) -> Path:
-    """Everything that the U-Net's training reads, in `folder`: one step of each stage."""
-    once = ["training.max_steps=1", *DATA]
+def train_stages(folder: Path, images: int = 1024) -> Path:
+    """Everything that the U-Net's training reads, in `folder`: one step of each stage, a cache of so many images."""
+    data = [
+        "data.source=shapes",
+        f"data.max_images={images}",
+        "data.horizontal_flip=false",
+        "data.caption_templates=[]",
+    ]
+    once = ["training.max_steps=1", *data]
     for script, config, further in (
         ("train_clip", "shapes/clip", ["context_length=77", "model.embedding_dim=256", "model.text_width=256", *once]),
         ("train_autoencoder", "cifar10/autoencoder", once),
-        ("cache_latents", "shapes/cache", [f"clip={folder / 'clip'}", f"autoencoder={folder / 'autoencoder'}", *DATA]),
+        ("cache_latents", "shapes/cache", [f"clip={folder / 'clip'}", f"autoencoder={folder / 'autoencoder'}", *data]),
     ):
         name = config.split("/")[1]
         path = ROOT / "configs" / f"{config}.yaml"

@@ -19,7 +19,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: str(path.name))
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate"),
+    ids=lambda path: str(path.name),
+)
 def test_every_shipped_config_loads(path):
     loaded = config.load(KINDS[path.stem], path)
     assert loaded.output_dir == f"runs/{path.parent.name}/{path.stem}"

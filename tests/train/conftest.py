@@ -1,5 +1,6 @@
 """The training scripts, small and in this process: what they leave is shared by the tests of this folder."""
 
+import json
 import runpy
 import signal
 import sys
@@ -122,6 +123,17 @@ def runs(tmp_path_factory) -> Path:
     for stage in SCRIPT:
         assert _run(stage, _arguments(stage, folder, folder / stage)) == 0, stage
     return folder
+
+
+@pytest.fixture(scope="session")
+def logged() -> Callable[[Path], list[dict]]:
+    """Run folder -> the lines of its metrics.jsonl, without the figures that differ from one run to the next."""
+
+    def lines_of(run: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("samples_per_second", "memory_gib")} for line in lines]
+
+    return lines_of
 
 
 @pytest.fixture

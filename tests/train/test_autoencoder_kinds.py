@@ -59,7 +59,7 @@ def test_leaves_a_diffusers_model_and_what_it_measures(digits, kind):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_resumed_run_equals_the_uninterrupted_one(digits, run_script, tmp_path, kind):
+def test_resumed_run_equals_the_uninterrupted_one(digits, run_script, logged, tmp_path, kind):
     shutil.copytree(digits / kind, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
@@ -67,8 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one(digits, run_script, tmp_path, 
     path = "model/autoencoder/diffusion_pytorch_model.safetensors"
     once, again = load_file(digits / kind / path), load_file(tmp_path / "run" / path)
     assert all(torch.equal(once[name], again[name]) for name in once)
-    metrics = [(folder / "metrics.jsonl").read_text() for folder in (digits / kind, tmp_path / "run")]
-    assert metrics[0] == metrics[1]
+    assert logged(digits / kind) == logged(tmp_path / "run")
 
 
 def test_goes_on_from_trained_weights(digits, run_script, tmp_path):

@@ -12,7 +12,7 @@ from ldm.training import randomness
 
 
 @pytest.mark.parametrize("stage", ["clip", "autoencoder", "prior", "ldm"])
-def test_resumed_run_equals_the_uninterrupted_one(runs, arguments_of, run_script, tmp_path, stage):
+def test_resumed_run_equals_the_uninterrupted_one(runs, arguments_of, run_script, logged, tmp_path, stage):
     shutil.copytree(runs / stage, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
@@ -25,11 +25,6 @@ def test_resumed_run_equals_the_uninterrupted_one(runs, arguments_of, run_script
         assert all(torch.equal(once[name], again[name]) for name in once), path
         compared += len(once)
     assert compared > 50
-
-    def logged(folder):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name not in ("samples_per_second", "memory_gib")}
-                for line in lines]  # fmt: skip
 
     assert logged(tmp_path / "run") == logged(runs / stage)
 
