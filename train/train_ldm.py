@@ -45,7 +45,7 @@ from ldm.diffusion.variational_bound import (
     hybrid_loss,
 )
 from ldm.errors import UserError, exit_code_of
-from ldm.training import averages, checkpoint, failure, memory, optim, run, sharded
+from ldm.training import averages, checkpoint, failure, memory, optim, precision, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -77,7 +77,14 @@ def main() -> None:
     alpha_bar = alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
 
-    model, optimizer = sharded.prepare(accelerator, unet, optimizer)
+    model, optimizer = sharded.prepare(
+        accelerator,
+        unet,
+        optimizer,
+        precision=precision.resolve(training.precision),
+        micro_batch_size=share.micro_batch_size,
+        max_grad_norm=training.max_grad_norm,
+    )
     ema = optim.moving_average(unet, training.ema_decay)
     power_averages = averages.power_averages(unet, config.average_lengths)
     first_step = 0
@@ -151,7 +158,7 @@ def main() -> None:
                         tracker.log(done, **validation_losses(config, network, task, alpha_bar))
             if images is not None:
                 tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
-        if accelerator.is_main_process and (done % config.snapshot_every == 0 or done == training.max_steps):
+        if done % config.snapshot_every == 0 or done == training.max_steps:
             averages.write_snapshots(folder / "averages", power_averages, unet, done)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps

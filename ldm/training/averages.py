@@ -17,9 +17,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ldm.errors import UserError
+from ldm.training import sharded
 from ldm.training.checkpoint import Saved
 from ldm.training.optim import ema_tensors, load_ema
 
@@ -81,13 +82,15 @@ def restore(saved: Saved, averages: dict[str, EMAModel], model: torch.nn.Module)
 
 
 def write_snapshots(folder: Path, averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> None:
-    """Each average as it is after `step`, whole or not at all."""
+    """Each average as it is after `step`, whole or not at all. All processes call this, and the main one writes."""
     for name, average in averages.items():
+        halves = {key: sharded.full(value).half() for key, value in ema_tensors(average, model).items()}
+        if distributed.is_initialized() and distributed.get_rank() != 0:
+            continue
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:06d}-{name.removeprefix('average-')}.safetensors"
         temporary = path.with_suffix(".tmp")
-        tensors = {key: value.detach().half().cpu().contiguous() for key, value in ema_tensors(average, model).items()}
-        save_file(tensors, temporary)
+        save_file({key: value.cpu().contiguous() for key, value in halves.items()}, temporary)
         temporary.rename(path)
 
 

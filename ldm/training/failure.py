@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +42,8 @@ class Guard:
     The update is never made. On a CPU the numbers are looked at before it. On CUDA, where looking would make the
     device wait in every step, fused AdamW is told on the device to leave everything as it is (as gradient scalers
     tell it), and the numbers are looked at one step later, or by `settle` before anything is kept. Where that cannot
-    be told, with sharded weights or other optimisers, they are looked at before the update: one wait a step.
+    be told, with sharded weights or other optimisers, they are looked at before the update: one wait a step. DeepSpeed
+    alone updates within its backward pass, before anyone can look; what is kept on disk is sound with it, too.
 
     With fp16 an infinite norm is an overflow: the scaler skips the update and lowers its scale, and only a scale below
     1 says that no scale helps. A skipped update counts as a step for the learning rate, but not for the moving average.
@@ -176,7 +178,11 @@ def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `found_inf` keeps the optimiser from an update."""
-    optimizer = _inner(optimizer)
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or not optimizer.defaults.get("fused"):
+    is_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), _inner(optimizer)
+    if (
+        is_deepspeed
+        or not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        or not optimizer.defaults.get("fused")
+    ):
         return False
     return not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])

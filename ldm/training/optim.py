@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from diffusers.training_utils import EMAModel
 
 from ldm.config import TrainingConfig
@@ -74,7 +75,9 @@ def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Ten
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state as tensors named `<parameter number>.<name>`; names descend with dots where it is nested,
-    as bitsandbytes' is."""
+    as bitsandbytes' is. None of DeepSpeed's, which it writes only as pickles."""
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return {}
     tensors: dict[str, torch.Tensor] = {}
 
     def collect(prefix: str, values: dict[Any, Any]) -> None:
@@ -111,9 +114,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
 def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights, averages and optimiser back as the groups `model`, `ema` and `optimizer` of `saved` have them."""
     parameters = _parameters(optimizer)
+    tensors = saved.read("optimizer", lambda name: parameters[int(name.split(".")[0])])
+    if not tensors or isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        raise UserError(
+            f"--resume {saved.path}: DeepSpeed keeps the state of its optimiser to itself, so that its runs cannot go "
+            "on where they stopped; train with configs/accelerate/fsdp2.yaml"
+        )
     model.load_state_dict(saved.read("model", model.state_dict().get))
     load_ema(ema, model, saved.read("ema", ema_tensors(ema, model).get), saved.step)
-    load_optimizer(optimizer, saved.read("optimizer", lambda name: parameters[int(name.split(".")[0])]))
+    load_optimizer(optimizer, tensors)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from ldm import config as configuration
@@ -75,11 +76,13 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
     _check_number(training.num_processes, processes.num_processes)
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=precision.resolve(training.precision),
+        mixed_precision=sharded.mixed_precision(precision.resolve(training.precision)),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         fsdp_plugin=sharded.plugin(),
     )
     sharded.check(accelerator, can_shard)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        memory.refuse_search(training, "tried with weights that are not divided")
     return accelerator
 
 

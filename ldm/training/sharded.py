@@ -1,6 +1,7 @@
 """Weights, averages and optimiser states divided among processes (FSDP2), and how they are kept on disk.
 
-Accelerate divides them, where it is launched with configs/accelerate/fsdp2.yaml. They are written by
+Accelerate divides them, where it is launched with configs/accelerate/fsdp2.yaml; with deepspeed_zero2.yaml it leaves
+weights and averages whole, and DeepSpeed alone knows the optimiser's state. Divided tensors are written by
 torch.distributed.checkpoint, every process its own shard, as safetensors whose headers say what part of which tensor
 is where: no other metadata, no pickle. Read back, they are divided anew among as many processes as there are.
 """
@@ -36,44 +37,74 @@ def plugin() -> FullyShardedDataParallelPlugin | None:
 
 
 def check(accelerator: Accelerator, can_shard: bool) -> None:
-    """Raises UserError where weights would be divided by a script that does not know how."""
-    given = accelerator.state.__dict__.get("fsdp_plugin") or plugin()
-    if given is None or accelerator.num_processes == 1:
+    """Raises UserError where something would be divided by a script that does not know how, or could not be."""
+    given = plugin()
+    if _wants_deepspeed() and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed: Accelerate starts it on accelerators only; launch with torchrun on CPUs")
+    if not _wants_deepspeed() and (given is None or accelerator.num_processes == 1):
         return
     if not can_shard:
         raise UserError(
-            "FSDP is for train_ldm.py; the networks of the other stages fit on every GPU: launch them with "
-            "configs/accelerate/eight_gpus.yaml"
+            "FSDP and DeepSpeed are for train_ldm.py; the networks of the other stages fit on every GPU: launch them "
+            "with configs/accelerate/eight_gpus.yaml"
         )
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # where torch can, and Accelerate does not ask it
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, given
 
 
+def mixed_precision(wanted: str) -> str:
+    """What Accelerate is told of the run's precision (`no`, `bf16`, `fp16`). DeepSpeed would keep the weights in it, so
+    it is told none: they stay in fp32, and `prepare` autocasts."""
+    if not _wants_deepspeed():
+        return wanted
+    if wanted == "fp16":
+        raise UserError("training.precision fp16: not with DeepSpeed; set it to bf16 or fp32")
+    return "no"
+
+
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: str,
+    micro_batch_size: int,
+    max_grad_norm: float,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, whose FSDP2 leaves autocast out and stops where the configuration names blocks (that are
-    gathered one at a time) of which this network has none."""
-    if accelerator.distributed_type == DistributedType.FSDP:
+    """`accelerator.prepare`, in `precision` where Accelerate leaves autocast out.
+
+    FSDP2 would stop where the configuration names blocks (that are gathered one at a time) of which this network has
+    none; DeepSpeed clips gradients by itself, and wants to know how many samples a process sees at once.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         model.to(memory_format=torch.contiguous_format)  # all that can be divided
+    if kind == DistributedType.FSDP:
         settings = accelerator.state.fsdp_plugin
         wanted = settings.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
         there = {type(module).__name__ for module in model.modules()}
         settings.transformer_cls_names_to_wrap = [name for name in wanted if name in there]
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        forward = model.forward
+    elif kind == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings |= {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_clipping": max_grad_norm}
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and precision != "no":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+    return prepared, optimizer
 
-        def autocast_forward(*args, **kwargs):
-            with accelerator.autocast():
-                return forward(*args, **kwargs)
 
-        model.forward = autocast_forward
-    return model, optimizer
+def _wants_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every process; all take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
