@@ -70,6 +70,7 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
         UserError: there are not as many processes as there should be, or they divide weights that cannot be divided.
     """
     on_cpu = not torch.accelerator.is_available()
+    sharded.check(can_shard, on_cpu)
     # The run's own waiting (over gloo) ends first, with words, where NCCL's watchdog ends the process without.
     timeout = timedelta(seconds=training.timeout_seconds + (0 if on_cpu else 60))
     processes = PartialState(cpu=on_cpu, timeout=timeout)
@@ -80,7 +81,7 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         fsdp_plugin=sharded.plugin(),
     )
-    sharded.check(accelerator, can_shard)
+    sharded.divide_on_cpu(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         memory.refuse_search(training, "tried with weights that are not divided")
     return accelerator

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_deepspeed_available
 from torch import distributed, nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -26,30 +26,33 @@ Tensors = Mapping[str, torch.Tensor]
 Like = Callable[[str], torch.Tensor | None]
 
 
-def plugin() -> FullyShardedDataParallelPlugin | None:
-    """Accelerate's plugin, where the launcher asked for FSDP. Weights are gathered in fp32 and autocast as under DDP,
-    so that the arithmetic is the same."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("fsdp_version 1: only FSDP2 is known here; launch with configs/accelerate/fsdp2.yaml")
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
-
-
-def check(accelerator: Accelerator, can_shard: bool) -> None:
-    """Raises UserError where something would be divided by a script that does not know how, or could not be."""
-    given = plugin()
-    if _wants_deepspeed() and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise UserError("DeepSpeed: Accelerate starts it on accelerators only; launch with torchrun on CPUs")
-    if not _wants_deepspeed() and (given is None or accelerator.num_processes == 1):
-        return
-    if not can_shard:
+def check(can_shard: bool, on_cpu: bool) -> None:
+    """Raises UserError where the launcher asked for FSDP or DeepSpeed and the script, whose weights they are, does not
+    know them (`can_shard`), or they cannot be had."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if (_wants_fsdp() or _wants_deepspeed()) and several and not can_shard:
         raise UserError(
             "FSDP and DeepSpeed are for train_ldm.py; the networks of the other stages fit on every GPU: launch them "
             "with configs/accelerate/eight_gpus.yaml"
         )
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # where torch can, and Accelerate does not ask it
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, given
+    if _wants_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("fsdp_version 1: only FSDP2 is known here; launch with configs/accelerate/fsdp2.yaml")
+    if _wants_deepspeed() and on_cpu:
+        raise UserError("DeepSpeed: Accelerate starts it on accelerators only; launch without it")
+    if _wants_deepspeed() and not is_deepspeed_available():
+        raise UserError("DeepSpeed is not installed: pip install deepspeed, or launch without it")
+
+
+def plugin() -> FullyShardedDataParallelPlugin | None:
+    """Accelerate's plugin, where the launcher asked for FSDP. Weights are gathered in fp32 and autocast as under DDP,
+    so that the arithmetic is the same."""
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy()) if _wants_fsdp() else None
+
+
+def divide_on_cpu(accelerator: Accelerator) -> None:
+    """Has Accelerate divide weights among processes on CPUs, too: torch can, and Accelerate does not ask it."""
+    if _wants_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin()
 
 
 def mixed_precision(wanted: str) -> str:
@@ -92,6 +95,10 @@ def prepare(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
     return prepared, optimizer
+
+
+def _wants_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _wants_deepspeed() -> bool:
