@@ -1,6 +1,7 @@
 """Which arithmetic a run uses, and how a network is prepared to use it fast."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -33,6 +34,15 @@ def prepare(model: torch.nn.Module, mixed_precision: str, device: torch.device) 
         if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
             module.register_forward_pre_hook(_input_in_fp32)
     torch.backends.cuda.enable_flash_sdp(False)  # the switch for CPUs, too
+
+
+def with_tokens_cast(conditions: dict[str, Any], mixed_precision: str) -> dict[str, Any]:
+    """Arguments of a U-Net whose caption tokens have the type that autocast gives them: cast, and kept for the backward
+    pass, once rather than in every layer of attention."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if dtype is None or "encoder_hidden_states" not in conditions:
+        return conditions
+    return {**conditions, "encoder_hidden_states": conditions["encoder_hidden_states"].to(dtype)}
 
 
 def _input_in_fp32(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
