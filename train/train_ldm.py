@@ -120,6 +120,7 @@ def main() -> None:
             t = timesteps(draws, config.num_train_timesteps, config.timestep_sampling)
             weight = torch.ones(len(t))
         conditions = task.conditions(batch, draw, share, part)
+        conditions = precision.with_tokens_cast(conditions, accelerator.mixed_precision)
         posterior_noise, noise, t, weight = (
             values[part].to(accelerator.device) for values in (posterior_noise, noise, t, weight)
         )
