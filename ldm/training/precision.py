@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
 
 
 def resolve(precision: str) -> str:
@@ -24,16 +26,19 @@ def cpu_multiplies_bf16() -> bool:
     return cpu.is_file() and any(flag in cpu.read_text().split() for flag in ("amx_bf16", "avx512_bf16"))
 
 
-def prepare(model: torch.nn.Module, mixed_precision: str, device: torch.device) -> None:
-    """Makes bf16 autocast fast on CPUs: norms in fp32 (else 5× slower), attention as two explicit matrix products for
-    the whole process (the fused kernel's backward pass is 6× slower). Elsewhere autocast does the right thing itself.
+def prepare(model: nn.Module, mixed_precision: str, device: torch.device) -> None:
+    """Makes bf16 autocast fast on CPUs: norms in fp32 (else 5× slower), attention as two explicit matrix products (the
+    fused kernel's backward pass is 6× slower). Elsewhere autocast does the right thing itself.
     """
     if device.type != "cpu" or mixed_precision != "bf16":
         return
     for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.register_forward_pre_hook(_input_in_fp32)
-    torch.backends.cuda.enable_flash_sdp(False)  # the switch for CPUs, too
+        elif isinstance(module, Attention) and isinstance(module.processor, AttnProcessor2_0):
+            module.set_processor(AttnProcessor())
+        elif isinstance(module, nn.MultiheadAttention):  # open_clip's, which asks torch to choose
+            torch.backends.cuda.enable_flash_sdp(False)  # for the whole process; the switch for CPUs, too
 
 
 def with_tokens_cast(conditions: dict[str, Any], mixed_precision: str) -> dict[str, Any]:
@@ -45,5 +50,5 @@ def with_tokens_cast(conditions: dict[str, Any], mixed_precision: str) -> dict[s
     return {**conditions, "encoder_hidden_states": conditions["encoder_hidden_states"].to(dtype)}
 
 
-def _input_in_fp32(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _input_in_fp32(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (inputs[0].float(), *inputs[1:])
