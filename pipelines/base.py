@@ -1,17 +1,20 @@
-"""The components of a text-to-image model: their folder, their settings, and the reading of text."""
+"""The components of a text-to-image model: their folder, their settings, the reading of text, and the prior."""
 
+import inspect
 import json
 import warnings
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -19,8 +22,10 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from ldm import hub
+from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import UserError
-from pipelines.checks import check_prompt, check_shape, check_size
+from pipelines.checks import check_count, check_prompt, check_scale, check_shape, check_size
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -168,8 +173,10 @@ class LatentDiffusionBase(DiffusionPipeline):
 
         if prompt_embeds is None:
             prompt_embeds = self._read("prompt", check_prompt("prompt", prompt), device)
-        if prompt_embeds.ndim != 3:
-            raise UserError(f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; it must be (texts, tokens, width)")
+        if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
+            shape = getattr(prompt_embeds, "shape", None)
+            what = f"is a {type(prompt_embeds).__name__}" if shape is None else f"has shape {tuple(shape)}"
+            raise UserError(f"prompt_embeds {what}; it must be a tensor (texts, tokens, width)")
         batch, length, width = prompt_embeds.shape
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative = check_prompt(
@@ -193,7 +200,8 @@ class LatentDiffusionBase(DiffusionPipeline):
         for ids in self.tokenizer(texts).input_ids:
             if len(ids) > length:  # the end token takes the last place
                 cut = self.tokenizer.decode(ids[length - 1 : -1]).strip()
-                warnings.warn(f"{name} is beyond the {length} tokens this model reads; not read: {cut!r}", stacklevel=2)
+                lost = repr(cut) if len(cut) <= 200 else f"{cut[:150]!r} … {cut[-40:]!r}, {len(cut)} characters"
+                warnings.warn(f"{name} is beyond the {length} tokens this model reads; not read: {lost}", stacklevel=2)
         return self.text_encoder(_tokenize(self.tokenizer, texts).input_ids.to(device))[0]
 
     def _read_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,23 +210,94 @@ class LatentDiffusionBase(DiffusionPipeline):
         output = self.prior_text_encoder(inputs.input_ids.to(device))
         return output.text_embeds, output.last_hidden_state, inputs.attention_mask.bool().to(device)
 
-    # ---- where a picture starts --------------------------------------------------------------------------------------
+    # ---- the prior ---------------------------------------------------------------------------------------------------
 
-    def _noise(
+    @torch.no_grad()
+    def sample_image_embeds(
         self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators,
-        given: Tensor | None,
-        scheduler: SchedulerMixin,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = DEFAULT_SETTINGS["prior_num_inference_steps"],
+        guidance_scale: float = DEFAULT_SETTINGS["prior_guidance_scale"],
+        num_samples: int = DEFAULT_SETTINGS["num_prior_samples"],
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
     ) -> Tensor:
-        """Where a sampler starts: standard normal noise, drawn or given, at the scale of the scheduler."""
-        if given is None:
-            given = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        check_shape(name, given, shape)
-        return given.to(device) * scheduler.init_noise_sigma
+        """The prior: B captions -> (B·n, D) CLIP image embeddings, each the best of `num_samples` samples."""
+        if prompt is None:
+            raise UserError("prompt_embeds alone cannot guide the prior; give image_embeds too, or a prompt")
+        prompts = check_prompt("prompt", prompt)
+        check_steps("prior_num_inference_steps", num_inference_steps, self.prior_scheduler)
+        check_scale("prior_guidance_scale", guidance_scale)
+        check_count("num_prior_samples", num_samples)
+        if isinstance(self.prior_scheduler, UnCLIPScheduler):
+            warnings.warn(
+                "UnCLIPScheduler takes single timesteps whatever their number: the prior's samples stay noise; "
+                "set pipe.prior_scheduler = DDPMScheduler.from_config(pipe.prior_scheduler.config)",
+                stacklevel=2,
+            )
+        guided = guidance_scale > 1
+        device = self._execution_device
+
+        # 1. Caption -> e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L), and those of ""
+        texts = [prompts, [""] * len(prompts)] if guided else [prompts]
+        embeds, tokens, masks = zip(*(self._read_for_prior(text, device) for text in texts), strict=True)
+        embeds, tokens, masks = (
+            torch.cat([part.repeat_interleave(num_images_per_prompt, dim=0) for part in reversed(parts)])
+            for parts in (embeds, tokens, masks)
+        )
+        batch = len(prompts) * num_images_per_prompt
+        text_embeds = embeds[-batch:]
+
+        # 2. Noise -> e_i, num_samples times
+        shape = (batch, self.prior.config.embedding_dim)
+        samples = []
+        for source in _sources(generator, num_samples):
+            noise = latents
+            if noise is None or samples:
+                noise = randn_tensor(shape, generator=source, device=device, dtype=embeds.dtype)
+            check_shape("prior_latents", noise, shape)
+            sample = noise.to(device) * self.prior_scheduler.init_noise_sigma  # (B·n, D), normalised
+            self.prior_scheduler.set_timesteps(num_inference_steps, device=device)
+            options = step_options(self.prior_scheduler, source, eta)
+            for t in self.progress_bar(self.prior_scheduler.timesteps):
+                model_input = self.prior_scheduler.scale_model_input(torch.cat([sample] * 2) if guided else sample, t)
+                prediction = self.prior(
+                    model_input,
+                    timestep=t,
+                    proj_embedding=embeds,
+                    encoder_hidden_states=tokens,
+                    attention_mask=masks,
+                ).predicted_image_embedding
+                if guided:
+                    prediction = classifier_free_guidance(*prediction.chunk(2), guidance_scale)
+                sample = self.prior_scheduler.step(prediction, t, sample, **options, return_dict=False)[0]
+            samples.append(self.prior.post_process_latents(sample))
+
+        # 3. The one closest to the text
+        return best_of(torch.stack(samples, dim=1), text_embeds)
+
+    def noise_image_embeds(
+        self, image_embeds: Tensor, noise_level: int, generator: Generators = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """(B, D) image embeddings -> (B, 2D): noised in normalised coordinates, and the embedded noise level."""
+        self._check_noise_level(noise_level)
+        if noise is None:
+            noise = randn_tensor(
+                image_embeds.shape, generator=generator, device=image_embeds.device, dtype=image_embeds.dtype
+            )
+        levels = torch.full((len(image_embeds),), noise_level, device=image_embeds.device)
+        self.image_normalizer.to(image_embeds.device)
+        noised = self.image_noising_scheduler.add_noise(self.image_normalizer.scale(image_embeds), noise, levels)
+        level_embeds = get_timestep_embedding(
+            levels, image_embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        return torch.cat([self.image_normalizer.unscale(noised), level_embeds.to(image_embeds.dtype)], dim=1)
+
+    def _check_noise_level(self, noise_level: object) -> None:
+        last = self.image_noising_scheduler.config.num_train_timesteps - 1
+        check_count("noise_level", noise_level, smallest=0, largest=last)
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         trained = self.unet.config.sample_size
@@ -232,3 +311,28 @@ def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]):
     """Texts -> ids and mask, (B, L), cut to the context."""
     length = tokenizer.model_max_length
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def given_or(value, default):
+    return default if value is None else value
+
+
+def check_steps(name: str, steps: object, scheduler: SchedulerMixin) -> None:
+    smallest = 2 if isinstance(scheduler, UnCLIPScheduler) else 1  # UnCLIPScheduler divides by the steps less one
+    check_count(name, steps, smallest, scheduler.config.num_train_timesteps)
+
+
+def step_options(scheduler: SchedulerMixin, generator: Generators, eta: float) -> dict[str, Any]:
+    """Of `generator` and `eta`, what this scheduler's step takes."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+
+
+def _sources(generator: Generators, count: int) -> list[Generators]:
+    """Generators of `count` samples of the prior: the caller's own, then derived ones that leave it untouched."""
+    further = range(1, count)
+    if generator is None:
+        return [None] * count
+    if isinstance(generator, list):
+        return [generator, *([derived_generator(one, index) for one in generator] for index in further)]
+    return [generator, *(derived_generator(generator, index) for index in further)]

@@ -1,10 +1,20 @@
 """What a prompt and the settings of a picture must be. Imports nothing heavy: the command line asks it first."""
 
+import difflib
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 from ldm.errors import UserError
+
+LONGEST_PROMPT = 100_000
+"""Characters. What is beyond a text tower's context is cut, but the tokeniser has to read it first."""
+
+LARGEST_SIDE = 8192
+"""Pixels of an image's side: beyond it a slip of the hand would fill the memory."""
 
 
 def check_prompt(name: str, prompt: object, may_be_empty: bool = False) -> list[str]:
@@ -17,6 +27,11 @@ def check_prompt(name: str, prompt: object, may_be_empty: bool = False) -> list[
             raise UserError(
                 f"{name} must be a text or a list of texts, not {type(text).__name__} ({str(text)[:40]!r}); "
                 "e.g. 'a photo of a cat'"
+            )
+        if len(text) > LONGEST_PROMPT:
+            raise UserError(
+                f"{name} {text[:40]!a}… has {len(text)} characters; give at most {LONGEST_PROMPT}, of which the first "
+                "few hundred are read"
             )
         if not text.strip() and not may_be_empty:
             raise UserError(f"{name} {text[:40]!r} is empty; say what to draw, e.g. 'a photo of a cat'")
@@ -64,17 +79,45 @@ def check_pair(name: str, value: object, smallest: int = 1) -> tuple[int, int]:
 
 
 def check_size(name: str, value: object, multiple: int) -> int:
-    """A number of pixels that the autoencoder's factor `multiple` divides. Raises `UserError` otherwise."""
-    check_count(name, value)
-    if value % multiple:
-        nearest = max(multiple, round(value / multiple) * multiple)
-        raise UserError(
-            f"{name} is {value}; it must be a multiple of the autoencoder's factor {multiple}; the nearest is {nearest}"
-        )
-    return int(value)
+    """A number of pixels that the autoencoder's factor `multiple` divides, not too large. Raises `UserError` otherwise,
+    naming the nearest."""
+    largest = LARGEST_SIDE // multiple * multiple
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if whole and multiple <= value <= largest and value % multiple == 0:
+        return int(value)
+    wanted = f"a multiple of the autoencoder's factor {multiple}"
+    if whole and value > largest:
+        wanted += f", at most {largest}"
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} is {value!r}; it must be a whole number of pixels, {wanted}, e.g. {multiple * 8}")
+    nearest = min(max(multiple, round(value / multiple) * multiple), largest)
+    raise UserError(f"{name} is {value!r}; it must be {wanted}; the nearest is {nearest}")
 
 
 def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    """Raises `UserError` for a tensor of another shape."""
+    """Raises `UserError` for anything but a tensor of this shape."""
+    if not hasattr(tensor, "to"):
+        raise UserError(f"{name} is a {type(tensor).__name__}; it must be a tensor of shape {shape}")
     if tuple(tensor.shape) != shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}; these settings need {shape}")
+
+
+def check_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `UserError` for the first name that is not among the known ones, with the nearest that is."""
+    known = list(known)
+    if unknown := sorted(set(names) - set(known)):
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        remedy = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(known)}"
+        raise UserError(f"unknown argument '{unknown[0]}'; {remedy}")
+
+
+def known_arguments(call: Callable) -> Callable:
+    """A method that answers a keyword it does not know with a `UserError`, not a `TypeError`."""
+    known = list(inspect.signature(call).parameters)[1:]
+
+    @functools.wraps(call)
+    def checked(self, *args, **keywords):
+        check_known(keywords, known)
+        return call(self, *args, **keywords)
+
+    return checked

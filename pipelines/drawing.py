@@ -1,0 +1,356 @@
+"""What the pipelines that draw have in common: their settings, what guides the U-Net, its prediction, the decoder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, scale_in_interval
+from ldm.diffusion.size_condition import size_condition
+from ldm.errors import RunError, UserError
+from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase, check_steps, given_or
+from pipelines.checks import check_count, check_interval, check_pair, check_scale, check_shape, check_share
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Callback = Callable[..., dict[str, Tensor]]
+
+
+@dataclass
+class Settings:
+    """How a picture is drawn, each value checked; `guidance_scale` is the pipeline's, for callbacks to change."""
+
+    num_inference_steps: int
+    noise_level: int
+    prior: dict[str, Any]
+    """What `sample_image_embeds` takes by these names."""
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+
+
+@dataclass
+class Condition:
+    """What guides the U-Net. Where there is guidance the unconditional half comes first."""
+
+    prompt_embeds: Tensor
+    """(B or 2B, L, D_t)"""
+    image_embeds: Tensor | None
+    """(B or 2B, 2D), noised, with the embedded noise level"""
+    guided: bool
+    settings: Settings
+    sizes: tuple[int, ...] | None
+    """The six numbers of `size_condition`, for U-Nets that are told them."""
+    cross_attention_kwargs: dict[str, Any] | None
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompt_embeds) // 2 if self.guided else len(self.prompt_embeds)
+
+
+class LatentDiffusionDrawing(LatentDiffusionBase):
+    """What every pipeline has that draws with the U-Net."""
+
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "image_embeds"]  # noqa: RUF012 (read by DiffusionPipeline)
+    _guidance_scale = DEFAULT_SETTINGS["guidance_scale"]
+    _num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    # ---- settings ----------------------------------------------------------------------------------------------------
+
+    def _settings(
+        self,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        guidance_rescale: float | None,
+        guidance_interval: tuple[float, float] | None,
+        eta: float,
+        noise_level: int | None,
+        prior_num_inference_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+        num_prior_samples: int | None = None,
+        prior_latents: Tensor | None = None,
+    ) -> Settings:
+        """What is given, over `default_settings`. Raises `UserError` for values that cannot be used."""
+        defaults = self.default_settings
+        self._guidance_scale = check_scale("guidance_scale", given_or(guidance_scale, defaults["guidance_scale"]))
+        settings = Settings(
+            num_inference_steps=given_or(num_inference_steps, defaults["num_inference_steps"]),
+            noise_level=given_or(noise_level, defaults["noise_level"]),
+            prior={
+                "num_inference_steps": given_or(prior_num_inference_steps, defaults["prior_num_inference_steps"]),
+                "guidance_scale": given_or(prior_guidance_scale, defaults["prior_guidance_scale"]),
+                "num_samples": given_or(num_prior_samples, defaults["num_prior_samples"]),
+                "latents": prior_latents,
+                "eta": eta,
+            },
+            guidance_rescale=check_share("guidance_rescale", given_or(guidance_rescale, defaults["guidance_rescale"])),
+            guidance_interval=check_interval(
+                "guidance_interval", given_or(guidance_interval, defaults["guidance_interval"])
+            ),
+        )
+        check_steps("num_inference_steps", settings.num_inference_steps, self.scheduler)
+        check_share("eta", eta)
+        self._check_channels()
+        if settings.guidance_interval != (0.0, 1.0) and not hasattr(self.scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"guidance_interval needs to know the share of noise, which {type(self.scheduler).__name__} does not "
+                "tell; leave it out, or take another scheduler"
+            )
+        if self.image_noising_scheduler is not None:
+            self._check_noise_level(settings.noise_level)
+        return settings
+
+    def _check_channels(self, *further: int) -> None:
+        """Raises `UserError` unless the U-Net reads the autoencoder's latents, or so many `further` channels."""
+        channels, read = self.vae.config.latent_channels, self.unet.config.in_channels
+        if read not in (channels, *further) and read == 2 * channels + 1:
+            raise UserError(
+                f"this U-Net reads {read} channels, a mask beside latents: use LatentDiffusionInpaintPipeline"
+            )
+        if read not in (channels, *further):
+            raise UserError(f"the U-Net reads {read} channels, but the autoencoder's latents have {channels}")
+
+    def _check_outputs(self, output_type: str, tensors: Sequence[str]) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+        if unknown := [name for name in tensors if name not in self._callback_tensor_inputs]:
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; "
+                f"there are {', '.join(self._callback_tensor_inputs)}"
+            )
+
+    # ---- what guides the U-Net ---------------------------------------------------------------------------------------
+
+    def _condition(
+        self,
+        settings: Settings,
+        prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        image_embeds: Tensor | None,
+        generator: Generators,
+        sizes: tuple[int, ...] | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> Condition:
+        """Captions -> tokens, and image embeddings (B·n, D), the prior's where none are given, noised.
+
+        Draws the prior's noise, then that of the embeddings.
+        """
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_generator(generator)
+        guided = self._guidance_scale > 1
+        device = self._execution_device
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
+        )
+        batch, _, width = prompt_embeds.shape  # B·n
+        if isinstance(read := self.unet.config.cross_attention_dim, int) and width != read:
+            raise UserError(f"prompt_embeds are {width} wide; this U-Net reads tokens of width {read}")
+        check_generator(generator, batch)
+
+        if image_embeds is None and self.prior is not None:
+            image_embeds = self.sample_image_embeds(
+                prompt, num_images_per_prompt, generator=generator, **settings.prior
+            )
+        if self.image_normalizer is not None and image_embeds is not None:
+            check_shape("image_embeds", image_embeds, (batch, self.image_normalizer.config.embedding_dim))
+            image_embeds = self.noise_image_embeds(
+                image_embeds.to(device, prompt_embeds.dtype), settings.noise_level, generator
+            )  # (B·n, 2D)
+        elif image_embeds is not None or self.unet.config.class_embed_type is not None:
+            raise UserError("an image embedding guides the U-Net only beside a prior; open a folder that has one")
+        return self._join(settings, prompt_embeds, negative_prompt_embeds, image_embeds, sizes, cross_attention_kwargs)
+
+    def _join(
+        self,
+        settings: Settings,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None,
+        image_embeds: Tensor | None,
+        sizes: tuple[int, ...] | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> Condition:
+        """Unconditional and conditional branch go through the U-Net as one batch; the former is told no image."""
+        guided = self._guidance_scale > 1
+        if guided:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            if image_embeds is not None:
+                image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
+        return Condition(prompt_embeds, image_embeds, guided, settings, sizes, cross_attention_kwargs)
+
+    def _sizes(
+        self,
+        original_size: tuple[int, int] | None,
+        crops_coords_top_left: tuple[int, int] | None,
+        target_size: tuple[int, int] | None,
+        size: tuple[int, int],
+    ) -> tuple[int, ...] | None:
+        """The six numbers of `size_condition`, or None where the U-Net is not told them."""
+        given = {
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": target_size,
+        }
+        if self.unet.config.addition_embed_type != "text_time":
+            if told := [name for name, value in given.items() if value is not None]:
+                raise UserError(f"{told[0]}: this U-Net was not trained with size_conditioning; leave it out")
+            return None
+        return (
+            *check_pair("original_size", given_or(original_size, size)),
+            *check_pair("crops_coords_top_left", given_or(crops_coords_top_left, (0, 0)), smallest=0),
+            *check_pair("target_size", given_or(target_size, size)),
+        )
+
+    def _size_condition(self, sizes: tuple[int, ...] | None, model_input: Tensor) -> dict[str, Tensor] | None:
+        """`added_cond_kwargs` for every sample of the U-Net's input."""
+        if sizes is None:
+            return None
+        numbers = torch.tensor([sizes] * len(model_input), dtype=torch.float32, device=model_input.device)
+        config = self.unet.config
+        return size_condition(numbers, config.projection_class_embeddings_input_dim, config.addition_time_embed_dim)
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def _predict(self, latents: Tensor, t: Tensor, condition: Condition, known: Tensor | None = None) -> Tensor:
+        """z_t (B, C, h, w) -> the U-Net's guided prediction, (B, C, h, w).
+
+        known: (B, C', h, w), further channels that the U-Net reads at every step: a mask, and what is around it.
+        """
+        settings, guided, batch = condition.settings, condition.guided, len(latents)
+        scale = self._guidance_scale
+        if settings.guidance_interval != (0.0, 1.0):
+            noise_share = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt().item()
+            scale = scale_in_interval(scale, noise_share, settings.guidance_interval)
+        twice = guided and scale != 1
+        seen = slice(None) if twice or not guided else slice(batch, None)  # the conditional half alone
+        model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if twice else latents, t)
+        if known is not None:
+            model_input = torch.cat([model_input, torch.cat([known] * 2) if twice else known], dim=1)
+        prediction = self.unet(
+            model_input,
+            t,
+            encoder_hidden_states=condition.prompt_embeds[seen],
+            class_labels=None if condition.image_embeds is None else condition.image_embeds[seen],
+            cross_attention_kwargs=condition.cross_attention_kwargs,
+            added_cond_kwargs=self._size_condition(condition.sizes, model_input),
+            return_dict=False,
+        )[0]
+        if twice:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = classifier_free_guidance(unconditional, conditional, scale)
+            if settings.guidance_rescale:
+                prediction = rescale_guidance(prediction, conditional, settings.guidance_rescale)
+        return prediction
+
+    def _call_back(
+        self,
+        callback: Callback | None,
+        names: Sequence[str],
+        step: int,
+        t: Tensor,
+        latents: Tensor,
+        condition: Condition,
+    ) -> Tensor:
+        """Shows the caller the tensors that it asked for, and takes those that it returns in their place."""
+        if callback is None:
+            return latents
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": condition.prompt_embeds,
+            "image_embeds": condition.image_embeds,
+        }
+        tensors |= callback(self, step, t, {name: tensors[name] for name in names}) or {}
+        condition.prompt_embeds, condition.image_embeds = tensors["prompt_embeds"], tensors["image_embeds"]
+        return tensors["latents"]
+
+    # ---- to and from latents -----------------------------------------------------------------------------------------
+
+    def _first_noise(
+        self, condition: Condition, size: tuple[int, int], generator: Generators, given: Tensor | None = None
+    ) -> Tensor:
+        """Standard normal (B, C, h, w) for images of `size`, (H, W), drawn or given."""
+        factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
+        shape = (condition.batch, channels, size[0] // factor, size[1] // factor)
+        if given is None:
+            dtype = condition.prompt_embeds.dtype
+            given = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        check_shape("latents", given, shape)
+        return given.to(self._execution_device)
+
+    def _first_latents(
+        self, condition: Condition, size: tuple[int, int], generator: Generators, given: Tensor | None = None
+    ) -> Tensor:
+        """z_T: that noise at the scale of the scheduler."""
+        return self._first_noise(condition, size, generator, given) * self.scheduler.init_noise_sigma
+
+    def _encode_image(self, pixels: Tensor, batch: int, generator: Generators) -> Tensor:
+        """N images (N, 3, H, W) in [-1, 1], N a divisor of the batch -> scaled latents (B, C, h, w), sampled from the
+        encoder's distribution: once an image, or once a generator of a list."""
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        if isinstance(generator, list):
+            pixels = pixels.repeat_interleave(batch // len(pixels), dim=0)
+            latents = torch.cat(
+                [
+                    self.vae.encode(one[None]).latent_dist.sample(source)
+                    for one, source in zip(pixels, generator, strict=True)
+                ]
+            )
+        else:
+            latents = self.vae.encode(pixels).latent_dist.sample(generator)
+            latents = latents.repeat_interleave(batch // len(pixels), dim=0)
+        return latents * self.vae.config.scaling_factor
+
+    def _decode(self, latents: Tensor, condition: Condition, output_type: str) -> Tensor:
+        """Scaled latents -> images (B, 3, H, W), about [-1, 1]; for `latent` the latents. Raises `RunError` where they
+        are not finite."""
+        image = latents
+        if output_type != "latent":
+            image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        if not torch.isfinite(image).all():
+            steps = condition.settings.num_inference_steps
+            raise RunError(
+                f"the image is not finite (guidance_scale {self._guidance_scale:g}, {steps} steps, {image.dtype}): "
+                "the weights are damaged, or overflow: try dtype=torch.float32"
+            )
+        return image
+
+    def _output(self, image: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        image = self.image_processor.postprocess(image, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+def check_generator(generator: object, batch: int | None = None) -> None:
+    """Raises `UserError` for anything but a generator, or a list of them, `batch` long where that is known."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if (one is None and one is not generator) or not isinstance(one, torch.Generator | None):
+            raise UserError(
+                f"generator holds a {type(one).__name__} ({one!r}); give torch.Generator().manual_seed(0), or a list "
+                "of such"
+            )
+    if isinstance(generator, list) and batch is not None and len(generator) != batch:
+        raise UserError(f"generator is a list of {len(generator)}; {batch} images need as many")
+
+
+def timesteps_of_strength(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> Tensor:
+    """The last `strength` share of the timesteps that were set, which the scheduler is told to begin with; none at 0.
+
+    Whole steps, rounded down as in Diffusers; a step of a second-order scheduler is two timesteps.
+    """
+    start = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * scheduler.order)
+    return scheduler.timesteps[start * scheduler.order :]
