@@ -122,6 +122,13 @@ class LatentDiffusionBase(DiffusionPipeline):
             pipeline.default_settings = index["_default_settings"]
         return pipeline
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """A pipeline of this kind with the components of another one, which stay in the precision that they are in."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)  # Diffusers would convert what the other one uses to float32
+        return super().from_pipe(pipeline, **kwargs)
+
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` under the name of the stock pipeline whose layout this is, which opens it."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -196,12 +203,7 @@ class LatentDiffusionBase(DiffusionPipeline):
 
     def _read(self, name: str, texts: list[str], device: torch.device) -> Tensor:
         """Texts -> (B, L, D_t): the last hidden states of the text tower. Warns of what is beyond its context."""
-        length = self.tokenizer.model_max_length
-        for ids in self.tokenizer(texts).input_ids:
-            if len(ids) > length:  # the end token takes the last place
-                cut = self.tokenizer.decode(ids[length - 1 : -1]).strip()
-                lost = repr(cut) if len(cut) <= 200 else f"{cut[:150]!r} … {cut[-40:]!r}, {len(cut)} characters"
-                warnings.warn(f"{name} is beyond the {length} tokens this model reads; not read: {lost}", stacklevel=2)
+        warn_of_cut(name, self.tokenizer, texts)
         return self.text_encoder(_tokenize(self.tokenizer, texts).input_ids.to(device))[0]
 
     def _read_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,15 +280,12 @@ class LatentDiffusionBase(DiffusionPipeline):
         # 3. The one closest to the text
         return best_of(torch.stack(samples, dim=1), text_embeds)
 
-    def noise_image_embeds(
-        self, image_embeds: Tensor, noise_level: int, generator: Generators = None, noise: Tensor | None = None
-    ) -> Tensor:
+    def noise_image_embeds(self, image_embeds: Tensor, noise_level: int, generator: Generators = None) -> Tensor:
         """(B, D) image embeddings -> (B, 2D): noised in normalised coordinates, and the embedded noise level."""
         self._check_noise_level(noise_level)
-        if noise is None:
-            noise = randn_tensor(
-                image_embeds.shape, generator=generator, device=image_embeds.device, dtype=image_embeds.dtype
-            )
+        noise = randn_tensor(
+            image_embeds.shape, generator=generator, device=image_embeds.device, dtype=image_embeds.dtype
+        )
         levels = torch.full((len(image_embeds),), noise_level, device=image_embeds.device)
         self.image_normalizer.to(image_embeds.device)
         noised = self.image_noising_scheduler.add_noise(self.image_normalizer.scale(image_embeds), noise, levels)
@@ -305,6 +304,16 @@ class LatentDiffusionBase(DiffusionPipeline):
         height = trained[0] * self.vae_scale_factor if height is None else height
         width = trained[1] * self.vae_scale_factor if width is None else width
         return check_size("height", height, self.vae_scale_factor), check_size("width", width, self.vae_scale_factor)
+
+
+def warn_of_cut(name: str, tokenizer: CLIPTokenizer, texts: list[str]) -> None:
+    """Says what of the texts is beyond the context, and not read."""
+    length = tokenizer.model_max_length
+    for ids in tokenizer(texts).input_ids:
+        if len(ids) > length:  # the end token takes the last place
+            cut = tokenizer.decode(ids[length - 1 : -1]).strip()
+            lost = repr(cut) if len(cut) <= 200 else f"{cut[:150]!r} … {cut[-40:]!r}, {len(cut)} characters"
+            warnings.warn(f"{name} is beyond the {length} tokens this model reads; not read: {lost}", stacklevel=3)
 
 
 def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]):

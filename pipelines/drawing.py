@@ -151,6 +151,8 @@ class LatentDiffusionDrawing(LatentDiffusionBase):
         """
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_generator(generator)
+        if not isinstance(cross_attention_kwargs, dict | None):
+            raise UserError(f"cross_attention_kwargs is a {type(cross_attention_kwargs).__name__}; give a dictionary")
         guided = self._guidance_scale > 1
         device = self._execution_device
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -172,19 +174,8 @@ class LatentDiffusionDrawing(LatentDiffusionBase):
             )  # (B·n, 2D)
         elif image_embeds is not None or self.unet.config.class_embed_type is not None:
             raise UserError("an image embedding guides the U-Net only beside a prior; open a folder that has one")
-        return self._join(settings, prompt_embeds, negative_prompt_embeds, image_embeds, sizes, cross_attention_kwargs)
 
-    def _join(
-        self,
-        settings: Settings,
-        prompt_embeds: Tensor,
-        negative_prompt_embeds: Tensor | None,
-        image_embeds: Tensor | None,
-        sizes: tuple[int, ...] | None,
-        cross_attention_kwargs: dict[str, Any] | None,
-    ) -> Condition:
-        """Unconditional and conditional branch go through the U-Net as one batch; the former is told no image."""
-        guided = self._guidance_scale > 1
+        # Unconditional and conditional branch go through the U-Net as one batch; the former is told no image
         if guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
             if image_embeds is not None:

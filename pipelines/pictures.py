@@ -78,6 +78,8 @@ def _of_one_kind(name: str, pictures: object) -> tuple[type, list]:
     for kind in (Image.Image, np.ndarray, Tensor):
         if all(isinstance(part, kind) for part in parts):
             sizes = sorted({part.size if kind is Image.Image else tuple(part.shape) for part in parts})
+            if 0 in sizes[0]:
+                raise UserError(f"{name} holds a picture of size {sizes[0]}, without a pixel")
             if len(sizes) > 1:
                 raise UserError(
                     f"{name} holds pictures of several sizes, {sizes[0]} and {sizes[1]}; give them one size"
@@ -95,7 +97,7 @@ def _joined(name: str, kind: type, parts: list, arrays: str, tensors: str, mask:
     if kind is np.ndarray:
         if parts[0].dtype.kind not in "biuf":
             raise UserError(f"{name} is an array of {parts[0].dtype}; give numbers in [0, 1]")
-        parts = [torch.from_numpy(np.ascontiguousarray(part)).movedim(-1, -3) for part in parts]
+        parts = [torch.from_numpy(np.array(part)).movedim(-1, -3) for part in parts]
     tensor = torch.stack(parts) if parts[0].ndim == 3 else torch.cat(parts)
     if tensor.is_complex():
         raise UserError(f"{name} is a tensor of {tensor.dtype}; give numbers in [0, 1]")

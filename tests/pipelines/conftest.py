@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -12,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -190,3 +192,34 @@ def pipe_without_prior():
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def family(pipe) -> dict:
+    """Every pipeline of the package by its class's name, all of one model's components."""
+    import pipelines
+
+    parts = components()
+    tower = {"image_encoder": parts["image_encoder"], "feature_extractor": parts["image_processor"]}
+    result = {}
+    for name in pipelines.__all__:
+        kind = getattr(pipelines, name)
+        result[name] = kind.from_pipe(pipe, **tower if "feature_extractor" in kind._optional_components else {})
+        result[name].set_progress_bar_config(disable=True)
+    return result
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Image.Image]:
+    """Two images of 16 × 16 pixels: smooth, so that a resampling leaves them alike, and unlike one another."""
+    down, right = np.meshgrid(np.linspace(0, 255, 16), np.linspace(0, 255, 16), indexing="ij")
+    return [
+        Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+        for channels in ((down, right, 255 - down), (255 - right, down // 2, right))
+    ]
+
+
+@pytest.fixture(scope="session")
+def mask() -> Image.Image:
+    """White where it is to be painted: the right half, 16 × 16 pixels."""
+    return Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, axis=0).astype(np.uint8))

@@ -1,0 +1,75 @@
+"""The prior alone: from a text to the CLIP embedding of an image of it."""
+
+import numpy as np
+import torch
+from diffusers.pipelines.kandinsky.pipeline_kandinsky_prior import KandinskyPriorPipelineOutput
+from torch import Tensor
+
+from ldm.errors import RunError, UserError
+from pipelines.base import Generators, LatentDiffusionBase, given_or, warn_of_cut
+from pipelines.checks import check_count, check_prompt, check_share, known_arguments
+from pipelines.drawing import check_generator
+
+OUTPUT_TYPES = ("pt", "np")
+
+
+class LatentDiffusionPriorPipeline(LatentDiffusionBase):
+    """Samples image embeddings. Of the components of `LatentDiffusionBase` those of the prior are used."""
+
+    @known_arguments
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        num_samples: int | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> KandinskyPriorPipelineOutput | tuple[Tensor | np.ndarray, Tensor | np.ndarray]:
+        """`num_images_per_prompt` embeddings of each of B prompts, (B·n, D), and the ones that stand for no image.
+
+        Given to the pipelines that draw as `image_embeds`, the former make the pictures that these draw from the text.
+        The latter, `negative_image_embeds`, are zeros: what the U-Net has learned to read where it is told no image.
+
+        num_inference_steps, guidance_scale, num_samples: `prior_num_inference_steps`, `prior_guidance_scale`,
+            `num_prior_samples` of `default_settings` if None; see `LatentDiffusionPipeline`.
+        latents: (B·n, D), standard normal, in place of drawn ones.
+        output_type: `pt` or `np`.
+
+        Raises `UserError` for input that cannot be used and `RunError` if the result is not finite.
+        """
+        if self.prior is None:
+            raise UserError("this model has no prior; open a folder that has one")
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+        defaults = self.default_settings
+        prompts = check_prompt("prompt", prompt)
+        batch = len(prompts) * check_count("num_images_per_prompt", num_images_per_prompt)
+        check_generator(generator, batch)
+        warn_of_cut("prompt", self.prior_tokenizer, prompts)
+        image_embeds = self.sample_image_embeds(
+            prompts,
+            num_images_per_prompt,
+            given_or(num_inference_steps, defaults["prior_num_inference_steps"]),
+            given_or(guidance_scale, defaults["prior_guidance_scale"]),
+            given_or(num_samples, defaults["num_prior_samples"]),
+            generator,
+            latents,
+            check_share("eta", eta),
+        )
+        if not torch.isfinite(image_embeds).all():
+            raise RunError("the prior's samples are not finite: the weights are damaged, or guidance_scale is too high")
+        negative_image_embeds = torch.zeros_like(image_embeds)
+        self.maybe_free_model_hooks()
+        if output_type == "np":
+            image_embeds, negative_image_embeds = (
+                x.float().cpu().numpy() for x in (image_embeds, negative_image_embeds)
+            )
+        if not return_dict:
+            return image_embeds, negative_image_embeds
+        return KandinskyPriorPipelineOutput(image_embeds, negative_image_embeds)

@@ -1,0 +1,228 @@
+"""What every pipeline of the package must do to behave as Diffusers' own do."""
+
+import copy
+import inspect
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    StableUnCLIPPipeline,
+    UniPCMultistepScheduler,
+)
+
+import pipelines
+
+DRAWING = sorted(set(pipelines.__all__) - {"LatentDiffusionPriorPipeline"})
+OF_ONE_WAY = ("LatentDiffusionInterpolationPipeline", "LatentDiffusionTextDiffPipeline")
+BATCHED = sorted(set(DRAWING) - set(OF_ONE_WAY))
+PRIOR = {"prior_num_inference_steps": 2, "num_prior_samples": 1}
+SCHEDULERS = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "dpm++ 2m karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpm++ sde karras": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def call(family, photos, mask):
+    """(name, **settings) -> the result; `of` picks one of the two inputs of a batch, both if None."""
+
+    def inputs(name, of):
+        prompts = ["a cat", "two dogs"]
+        prompt, picture = (prompts, photos) if of is None else (prompts[of], photos[of])
+        return {
+            "LatentDiffusionPipeline": {"prompt": prompt, **PRIOR},
+            "LatentDiffusionImg2ImgPipeline": {"prompt": prompt, "image": picture, "strength": 0.7, **PRIOR},
+            "LatentDiffusionInpaintPipeline": {"prompt": prompt, "image": picture, "mask_image": mask, **PRIOR},
+            "LatentDiffusionVariationPipeline": {"image": picture},
+            "LatentDiffusionInterpolationPipeline": {"prompt": prompts, "num_frames": 3, **PRIOR},
+            "LatentDiffusionTextDiffPipeline": {"image": photos[of or 0], "prompt": "a dog", "num_frames": 3},
+            "LatentDiffusionPriorPipeline": {"prompt": prompt, "num_samples": 1},
+        }[name]
+
+    def called(name, of=0, pipe=None, **settings):
+        general = {"num_inference_steps": 4, "generator": seeded()}
+        if name != "LatentDiffusionPriorPipeline":
+            general["output_type"] = "np"
+        return (pipe or family[name])(**general | inputs(name, of) | settings)
+
+    return called
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_item_is_the_image_of_a_run_of_its_own(call, name):
+    settings = {"eta": 1.0, "noise_level": 100}
+    batch = call(name, of=None, generator=[seeded(3), seeded(4)], **settings).images
+    assert len(batch) == 2 and np.abs(batch[0] - batch[1]).max() > 1e-2
+    for i in range(2):
+        assert np.abs(batch[i] - call(name, of=i, generator=seeded(3 + i), **settings).images[0]).max() < 1e-4
+
+
+def test_a_batch_item_of_the_prior_is_that_of_a_run_of_its_own(call):
+    name = "LatentDiffusionPriorPipeline"
+    batch = call(name, of=None, generator=[seeded(3), seeded(4)]).image_embeds
+    for i in range(2):
+        torch.testing.assert_close(batch[i : i + 1], call(name, of=i, generator=seeded(3 + i)).image_embeds)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_several_images_of_an_input_are_those_of_its_repetition(call, name):
+    two = call(name, num_images_per_prompt=2, generator=[seeded(1), seeded(2)]).images
+    assert len(two) == 2 and np.abs(two[0] - two[1]).max() > 1e-2
+    for i in range(2):
+        assert np.abs(two[i] - call(name, generator=seeded(1 + i)).images[0]).max() < 1e-4
+    four = call(name, of=None, num_images_per_prompt=2, generator=[seeded(i) for i in (1, 2, 1, 2)]).images
+    assert np.abs(four[:2] - two).max() < 1e-4 and np.abs(four[2:] - two).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_same_seed_same_image_other_seed_another(call, name):
+    once = call(name).images
+    assert np.array_equal(call(name).images, once)
+    assert np.abs(call(name, generator=seeded(1)).images - once).max() > 1e-2
+
+
+# ---- outputs and callbacks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_output_types_agree_and_a_tuple_is_the_same(call, name):
+    array = call(name).images
+    assert np.array_equal(call(name, return_dict=False)[0], array)
+    pixels = call(name, output_type="pt").images
+    assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), array)
+    images = call(name, output_type="pil").images
+    assert np.abs(np.stack([np.asarray(image) for image in images]) / 255 - array).max() <= 0.5 / 255 + 1e-6
+    assert call(name, output_type="latent").images.shape == (len(array), 4, 8, 8)
+
+
+def test_the_priors_outputs_agree(call):
+    name = "LatentDiffusionPriorPipeline"
+    output = call(name)
+    embeds, negative = call(name, return_dict=False)
+    assert torch.equal(embeds, output.image_embeds) and torch.equal(negative, output.negative_image_embeds)
+    assert np.array_equal(call(name, output_type="np").image_embeds, embeds.numpy())
+    assert embeds.shape == (1, 16) and not negative.any()
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_callbacks_see_every_step_and_may_replace_the_latents(call, family, name):
+    seen = []
+
+    def zeros_at_the_end(pipeline, step, timestep, tensors):
+        seen.append((step, sorted(tensors)))
+        last = step == pipeline.num_timesteps - 1
+        return {"latents": torch.zeros_like(tensors["latents"])} if last else tensors
+
+    latents = call(
+        name,
+        output_type="latent",
+        callback_on_step_end=zeros_at_the_end,
+        callback_on_step_end_tensor_inputs=family[name]._callback_tensor_inputs,
+    ).images
+    assert [step for step, _ in seen] == list(range(family[name].num_timesteps)) and len(seen) in (2, 4)
+    assert all(names == ["image_embeds", "latents", "prompt_embeds"] for _, names in seen)
+    assert not latents.any()
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_callback_may_change_the_guidance(call, family, name):
+    def more(pipeline, step, timestep, tensors):
+        pipeline._guidance_scale += 1.0
+        return tensors
+
+    guided = call(name, guidance_scale=2.0).images
+    assert np.abs(call(name, guidance_scale=2.0, callback_on_step_end=more).images - guided).max() > 1e-5
+    assert family[name].guidance_scale > 2
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_guidance_is_rescaled_and_kept_to_its_interval(call, name):
+    settings = {"guidance_scale": 8.0, "output_type": "latent"}
+    whole, never = call(name, **settings).images, call(name, **settings | {"guidance_scale": 1.0}).images
+    assert (call(name, **settings, guidance_rescale=0.7).images - whole).abs().max() > 1e-4
+    assert (call(name, **settings, guidance_interval=(0.0, 0.0)).images - never).abs().max() < 1e-4
+    assert (never - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", DRAWING)
+def test_any_scheduler_will_do(call, family, name, scheduler):
+    kind, settings = SCHEDULERS[scheduler]
+    pipe = type(family[name]).from_pipe(family[name])
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    images = call(name, pipe=pipe, guidance_interval=(0.1, 0.9)).images
+    assert np.isfinite(images).all() and images.std() > 0.01
+    steps = int(4 * 0.7) if name == "LatentDiffusionImg2ImgPipeline" else 4
+    assert pipe.num_timesteps == (steps if pipe.scheduler.order == 1 else 2 * steps - 1)
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pipelines.__all__)
+def test_components_are_the_arguments_and_shared(family, pipe, name):
+    own = family[name]
+    assert set(own.components) == set(inspect.signature(type(own).__init__).parameters) - {"self"}
+    assert all(own.components[part] is component for part, component in pipe.components.items())
+    assert set(own._optional_components) <= set(own.components)
+
+
+def test_sharing_leaves_the_precision_and_the_settings(pipe):
+    half = pipelines.LatentDiffusionPipeline(**copy.deepcopy(pipe.components)).to(torch.float16)
+    half.default_settings = {"num_inference_steps": 7}
+    again = pipelines.LatentDiffusionImg2ImgPipeline.from_pipe(half)
+    assert again.unet is half.unet and again.unet.dtype == again.vae.dtype == again.prior.dtype == torch.float16
+    assert again.default_settings["num_inference_steps"] == 7
+
+
+@pytest.mark.parametrize("name", pipelines.__all__)
+def test_saved_and_opened_is_the_same_and_stock_opens_it(call, family, name, tmp_path):
+    family[name].save_pretrained(tmp_path)
+    again = type(family[name]).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert [part is None for part in again.components.values()] == [
+        part is None for part in family[name].components.values()
+    ]
+    once, twice = call(name), call(name, pipe=again)
+    key = next(iter(once))
+    assert np.abs(np.asarray(once[key]) - np.asarray(twice[key])).max() < 1e-4
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableUnCLIPPipeline" and "feature_extractor" not in index
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableUnCLIPPipeline
+
+
+@pytest.mark.parametrize("name", ["LatentDiffusionImg2ImgPipeline", "LatentDiffusionInpaintPipeline"])
+def test_without_a_prior(call, family, pipe_without_prior, name):
+    own = type(family[name]).from_pipe(pipe_without_prior)
+    own.set_progress_bar_config(disable=True)
+    unguided = call(name, pipe=own)
+    assert unguided.images.shape == (1, 16, 16, 3)
+    prompt_embeds, negative_prompt_embeds = own.encode_prompt("a cat", torch.device("cpu"))
+    given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds, "prompt": None}
+    assert np.abs(call(name, pipe=own, **given).images - unguided.images).max() < 1e-6
