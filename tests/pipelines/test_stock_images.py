@@ -46,7 +46,9 @@ def difference(ours, theirs, case, **settings):
         ours.scheduler = theirs.scheduler = kind.from_config(theirs.scheduler.config)
     images = [pipe(**case, generator=torch.Generator().manual_seed(3)).images for pipe in (ours, theirs)]
     assert images[1].std() > 0.01 and len(images[0]) == len(images[1])
-    return np.abs(images[0] - images[1]).max()
+    largest = np.abs(images[0] - images[1]).max()
+    print(f"largest difference {largest:.2e} = {largest * 255:.4f}/255")
+    return largest
 
 
 @pytest.fixture
