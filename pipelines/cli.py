@@ -18,7 +18,7 @@ from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components
-from pipelines.checks import check_count, check_prompt, check_scale
+from pipelines.checks import check_count, check_prompt, check_scale, check_share
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
 KNOWS = "knows.json"
@@ -68,6 +68,11 @@ def _parser() -> ArgumentParser:
     drawing.add_argument("--num-inference-steps", metavar="N", type=int, help="default: the model's own")
     drawing.add_argument("--guidance-scale", metavar="G", type=float, help="1: none; default: the model's own")
     drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to move away from")
+    drawing.add_argument("--image", metavar="FILE", help="a picture to start from, cropped to the model's size")
+    drawing.add_argument(
+        "--strength", metavar="S", type=float, help="0: the picture again, 1: none of it; default: 0.8"
+    )
+    drawing.add_argument("--mask", metavar="FILE", help="white where --image is drawn anew, at strength 1 by default")
     drawing.set_defaults(command=generate)
 
     joining = commands.add_parser("assemble", help="put four trained stages together in one folder")
@@ -121,6 +126,7 @@ def generate(arguments: argparse.Namespace) -> None:
         check_scale("--guidance-scale", arguments.guidance_scale)
     if arguments.negative_prompt is not None:
         check_prompt("--negative-prompt", arguments.negative_prompt, may_be_empty=True)
+    _check_start(arguments)
     outputs = _picture_paths(Path(arguments.output).expanduser(), arguments.num_images)
     folder = hub.resolve(arguments.model, arguments.revision)
     hub.check_components(folder)
@@ -135,7 +141,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
-    pipe = _open(folder)
+    pipe, given = _open(folder), {}
+    if arguments.image is not None:
+        pipe, given = _start_from(pipe, arguments)
     for start in range(0, len(outputs), IMAGES_AT_ONCE):
         paths = outputs[start : start + IMAGES_AT_ONCE]
         images = pipe(
@@ -145,6 +153,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> N
             guidance_scale=arguments.guidance_scale,
             negative_prompt=arguments.negative_prompt,
             generator=_generators(arguments.seed + start, len(paths)),
+            **given,
         ).images
         for image, path in zip(images, paths, strict=True):
             _write(image, path)
@@ -227,6 +236,18 @@ def _picture_paths(output: Path, count: int) -> list[Path]:
     return paths
 
 
+def _check_start(arguments: argparse.Namespace) -> None:
+    """Of --image, --mask and --strength, what can be told before anything is opened."""
+    if arguments.strength is not None:
+        check_share("--strength", arguments.strength)
+    for option, value in (("--mask", arguments.mask), ("--strength", arguments.strength)):
+        if value is not None and arguments.image is None:
+            raise UserError(f"{option} belongs to a picture to start from; give --image FILE, too")
+    for option, name in (("--image", arguments.image), ("--mask", arguments.mask)):
+        if name is not None and not Path(name).expanduser().is_file():
+            raise UserError(f"{option} '{name}' is not a file; name a picture")
+
+
 def _say_what_it_knows(folder: Path, prompt: str) -> None:
     if (folder / KNOWS).is_file():
         knows = json.loads((folder / KNOWS).read_text(encoding="utf-8"))
@@ -255,6 +276,42 @@ def _open(folder: Path):
     pipe = LatentDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: shown on terminals only
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
+
+
+def _start_from(pipe, arguments: argparse.Namespace) -> tuple:
+    """The same model, redrawing or inpainting, and what it starts from."""
+    from PIL import ImageOps
+
+    from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionInpaintPipeline
+
+    height, width = pipe._image_size(None, None)
+    pictures = {"image": _read_picture("--image", arguments.image)}
+    if arguments.mask is not None:
+        pictures["mask_image"] = _read_picture("--mask", arguments.mask)
+        sizes = [picture.size for picture in pictures.values()]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                "--mask '{}' is {}×{} pixels, --image {}×{}; give them one size".format(
+                    arguments.mask, *sizes[1], *sizes[0]
+                )
+            )
+    given = {name: ImageOps.fit(picture, (width, height)) for name, picture in pictures.items()}
+    if arguments.strength is not None:
+        given["strength"] = arguments.strength
+    kind = LatentDiffusionImg2ImgPipeline if arguments.mask is None else LatentDiffusionInpaintPipeline
+    redrawing = kind.from_pipe(pipe)
+    redrawing.set_progress_bar_config(disable=None, leave=False)
+    return redrawing, given
+
+
+def _read_picture(option: str, name: str):
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(Path(name).expanduser()) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{option} '{name}' cannot be read as a picture ({type(error).__name__})") from None
 
 
 def _generators(seed: int, count: int):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UnCLIPScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -78,6 +78,10 @@ def model(runs, tmp_path_factory) -> Path:
         (["a cat", "--output", "a.png", "--guidance-scale", "inf"], "--guidance-scale is inf"),
         (["a cat", "--output", "a.png", "--num-images", "0"], "--num-images is 0"),
         (["a cat", "--output", "a.png", "--seed", "-1"], "--seed is -1"),
+        (["a cat", "--output", "a.png", "--strength", "0.5"], "--strength belongs to a picture to start from"),
+        (["a cat", "--output", "a.png", "--mask", "mask.png"], "--mask belongs to a picture to start from"),
+        (["a cat", "--output", "a.png", "--image", "none.png"], "--image 'none.png' is not a file"),
+        (["a cat", "--output", "a.png", "--image", "none.png", "--strength", "2"], "--strength is 2.0"),
         (["a cat", "--output", "a.gif"], "'a.gif' is no picture's name"),
         (["a cat", "--output", "a"], "'a' is no picture's name"),
         (["a cat", "--output", "nowhere/a.png"], "the folder 'nowhere' does not exist"),
@@ -168,6 +172,30 @@ def test_a_model_says_what_it_knows_when_asked_for_something_else(model, tmp_pat
     for prompt, said in (("a photo of a Cat", False), ("two dogs", False), ("a catalogue", True), ("a boat", True)):
         assert run("generate", prompt, *common) == 0
         assert (capsys.readouterr().err == "note: it knows cat and dog\n") is said
+
+
+def test_generate_starts_from_a_picture(model, photos, mask, tmp_path):
+    photos[0].resize((40, 32)).save(tmp_path / "photo.png")
+    mask.resize((40, 32)).save(tmp_path / "mask.png")
+    common = ["--model", model, "--image", tmp_path / "photo.png", "--num-inference-steps", 4]
+    assert run("generate", "a cat", *common, "--strength", 0.3, "--output", tmp_path / "weak.png") == 0
+    assert run("generate", "a cat", *common, "--output", tmp_path / "strong.png") == 0
+    assert run("generate", "a cat", *common, "--mask", tmp_path / "mask.png", "--output", tmp_path / "in.png") == 0
+    own = np.asarray(ImageOps.fit(Image.open(tmp_path / "photo.png"), (16, 16))).astype(int)
+    weak, strong, inpainted = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("weak", "strong", "in"))
+    assert weak.shape == strong.shape == (16, 16, 3) and not np.array_equal(weak, strong)
+    assert np.array_equal(inpainted[:, :6], own[:, :6]) and not np.array_equal(inpainted[:, 10:], own[:, 10:])
+
+
+def test_generate_refuses_a_picture_that_is_none(model, photos, mask, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    photos[0].save(tmp_path / "photo.png")
+    mask.resize((8, 8)).save(tmp_path / "mask.png")
+    common = ["--model", model, "--output", tmp_path / "a.png"]
+    assert run("generate", "a cat", *common, "--image", tmp_path / "text.png") == 2
+    assert "text.png' cannot be read as a picture (UnidentifiedImageError)" in capsys.readouterr().err
+    assert run("generate", "a cat", *common, "--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png") == 2
+    assert "mask.png' is 8×8 pixels, --image 16×16; give them one size" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_context_is_drawn_with_a_warning(model, tmp_path, capsys):
