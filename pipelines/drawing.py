@@ -102,6 +102,11 @@ class LatentDiffusionDrawing(LatentDiffusionBase):
         check_steps("num_inference_steps", settings.num_inference_steps, self.scheduler)
         check_share("eta", eta)
         self._check_channels()
+        if not all(hasattr(self.scheduler, name) for name in ("init_noise_sigma", "scale_model_input", "add_noise")):
+            raise UserError(
+                f"scheduler is a {type(self.scheduler).__name__}; take one of diffusers' KarrasDiffusionSchedulers, "
+                "such as DDIMScheduler"
+            )
         if settings.guidance_interval != (0.0, 1.0) and not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
                 f"guidance_interval needs to know the share of noise, which {type(self.scheduler).__name__} does not "

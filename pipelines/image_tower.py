@@ -83,10 +83,13 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
         path = Path(save_directory) / self.config_name
         index = hub.read_json(path)
         if self.prior is not None:
-            index = {key: value for key, value in index.items() if key not in (ENCODER, "feature_extractor")}
-            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            index = {key: value for key, value in index.items() if key not in (ENCODER, PROCESSORS[1])}
+        elif self.image_normalizer is not None:  # the layout of StableUnCLIPImg2ImgPipeline, which has these
+            own = json.loads(self.to_json_string()) | {"_class_name": "StableUnCLIPImg2ImgPipeline"}
+            index = {key: value for key, value in own.items() if value != [None, None] and key != "_name_or_path"}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         ours, stock = (Path(save_directory) / name for name in PROCESSORS)
-        if stock.is_dir():  # written just before this
+        if stock.is_dir() and PROCESSORS[1] not in index:  # written just before this
             shutil.rmtree(ours, ignore_errors=True)
             stock.rename(ours)
 

@@ -11,8 +11,10 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
@@ -21,10 +23,11 @@ from diffusers import (
 )
 
 import pipelines
+from ldm.errors import UserError
 
 DRAWING = sorted(set(pipelines.__all__) - {"LatentDiffusionPriorPipeline"})
-OF_ONE_WAY = ("LatentDiffusionInterpolationPipeline", "LatentDiffusionTextDiffPipeline")
-BATCHED = sorted(set(DRAWING) - set(OF_ONE_WAY))
+VARIATION, TEXT_DIFF = "LatentDiffusionVariationPipeline", "LatentDiffusionTextDiffPipeline"
+BATCHED = sorted(set(DRAWING) - {"LatentDiffusionInterpolationPipeline", TEXT_DIFF})
 PRIOR = {"prior_num_inference_steps": 2, "num_prior_samples": 1}
 SCHEDULERS = {
     "euler": (EulerDiscreteScheduler, {}),
@@ -217,8 +220,37 @@ def test_saved_and_opened_is_the_same_and_stock_opens_it(call, family, name, tmp
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableUnCLIPPipeline
 
 
+@pytest.mark.parametrize("name", sorted(set(DRAWING) - {VARIATION, TEXT_DIFF}))
+def test_the_optional_components_may_be_absent(call, family, pipe_without_prior, name, tmp_path):
+    own = type(family[name]).from_pipe(pipe_without_prior)
+    own.set_progress_bar_config(disable=True)
+    assert all(getattr(own, part) is None for part in own._optional_components)
+    own.save_pretrained(tmp_path)
+    again = type(own).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert all(getattr(again, part) is None for part in own._optional_components)
+    assert np.abs(call(name, pipe=own).images - call(name, pipe=again).images).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [VARIATION, TEXT_DIFF, "LatentDiffusionPriorPipeline"])
+def test_what_is_needed_of_them_is_said(call, family, pipe_without_prior, name):
+    own = type(family[name]).from_pipe(pipe_without_prior)
+    with pytest.raises(UserError, match=r"image tower, which this model lacks|this model has no prior"):
+        call(name, pipe=own)
+
+
+def test_a_scheduler_of_another_kind_is_named(call, family):
+    own = type(family["LatentDiffusionPipeline"]).from_pipe(family["LatentDiffusionPipeline"])
+    own.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match="scheduler is a FlowMatchEulerDiscreteScheduler; take one of"):
+        call("LatentDiffusionPipeline", pipe=own)
+    own.scheduler = EDMEulerScheduler()
+    with pytest.raises(UserError, match="guidance_interval needs to know the share of noise"):
+        call("LatentDiffusionPipeline", pipe=own, guidance_interval=(0.1, 0.5))
+
+
 @pytest.mark.parametrize("name", ["LatentDiffusionImg2ImgPipeline", "LatentDiffusionInpaintPipeline"])
-def test_without_a_prior(call, family, pipe_without_prior, name):
+def test_tokens_stand_in_for_the_text(call, family, pipe_without_prior, name):
     own = type(family[name]).from_pipe(pipe_without_prior)
     own.set_progress_bar_config(disable=True)
     unguided = call(name, pipe=own)

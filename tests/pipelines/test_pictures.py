@@ -55,7 +55,7 @@ def test_a_mask_of_a_batch():
 def test_sizes_are_rounded_down_or_as_asked_for():
     assert size_to_draw((37, 64), None, None, 8) == (32, 64)
     assert size_to_draw((3, 64), None, 16, 8) == (8, 16)
-    with pytest.raises(UserError, match="height is 30; .* the nearest is 32"):
+    with pytest.raises(UserError, match=r"height is 30; .* the nearest is 32"):
         size_to_draw((37, 64), 30, None, 8)
-    with pytest.raises(UserError, match="width is 16000; .* at most 8192; the nearest is 8192"):
+    with pytest.raises(UserError, match=r"width is 16000; .* at most 8192; the nearest is 8192"):
         size_to_draw((37, 16000), None, None, 8)

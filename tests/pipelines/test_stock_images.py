@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -15,7 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionInpaintPipeline
+from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionInpaintPipeline, LatentDiffusionVariationPipeline
 
 ABSENT = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 CASES = {
@@ -106,10 +107,29 @@ def test_inpainting(inpainting, photos, mask, name):
     assert difference(ours, theirs, case, **inpaint) <= 1 / 255
 
 
-@pytest.mark.parametrize("settings", [{}, {"prompt": "a cat"}, {"noise_level": 300}, {"guidance_scale": 1.0}])
-def test_variations(family, photos, settings):
-    ours = family["LatentDiffusionVariationPipeline"]
+def stock_unclip(ours):
     names = set(ours.components) - {"prior", "prior_scheduler", "prior_tokenizer", "prior_text_encoder"}
     theirs = StableUnCLIPImg2ImgPipeline(**{name: getattr(ours, name) for name in names})
     theirs.set_progress_bar_config(disable=True)
-    assert difference(ours, theirs, settings, image=photos[0], height=16, width=16) <= 1 / 255
+    return theirs
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt": "a cat"}, {"noise_level": 300}, {"guidance_scale": 1.0}])
+def test_variations(family, photos, settings):
+    ours = family["LatentDiffusionVariationPipeline"]
+    assert difference(ours, stock_unclip(ours), settings, image=photos[0], height=16, width=16) <= 1 / 255
+
+
+def test_the_folder_of_stable_unclips_img2img_is_opened_and_written(family, photos, tmp_path):
+    theirs = stock_unclip(family["LatentDiffusionVariationPipeline"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LatentDiffusionVariationPipeline.from_pretrained(tmp_path / "theirs")
+    ours.set_progress_bar_config(disable=True)
+    assert ours.prior is None
+    size = {"image": photos[0], "height": 16, "width": 16}
+    assert difference(ours, theirs, {}, **size) <= 1 / 255
+    ours.save_pretrained(tmp_path / "ours")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is StableUnCLIPImg2ImgPipeline
+    assert difference(ours, again, {}, **size) <= 1 / 255
