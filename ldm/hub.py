@@ -1,18 +1,44 @@
-"""From a folder or the name of a repository to a local folder whose components are whole."""
+"""From a folder or the name of a repository to a local folder whose components are whole and fit each other.
 
-import json
+Nothing here imports torch before `check_shapes`: what is wrong with a folder is told before the libraries are there.
+"""
+
+import re
+import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ldm.errors import UserError
+from ldm.components import configs, fit, weights
+from ldm.components.configs import CLASSES, read_json
+from ldm.errors import RunError, UserError
+from ldm.files import write_text
 
 INDEX = "model_index.json"
-PATTERNS = ["*.safetensors", "*.json", "*.txt"]
+NOT_OPENED = ("safety_checker",)
+"""Of the layouts of others: what no pipeline of ours reads, and a download leaves out."""
+STEMS = ("model", "diffusion_pytorch_model")
+"""Names of weight files, without an ending: Transformers', Diffusers'."""
+HUB_TIMEOUT = 10
+"""Seconds for the Hub to say which commit a revision is; then the cache is asked."""
+DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+"""Of the Hub's client, as its own functions take them."""
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
+class Component(NamedTuple):
+    folder: Path
+    class_name: str
+    config: dict[str, Any]
+    tensors: dict[str, weights.Stored]
+    """Empty for what has no weights: tokenizers, schedulers, processors."""
+
+
+def resolve(name: str | Path, revision: str | None = None, variant: str | None = None, **options: Any) -> Path:
     """A local folder as it is, anything else as a repository of the Hub, of which only safetensors and JSON are taken.
 
-    Raises `UserError` where there is no such folder, repository or revision, or no connection.
+    A repository's revision is resolved once and its commit told on standard error (`commit_of` the folder); from the
+    cache where there is no connection. `options`: those of `DOWNLOAD_OPTIONS`. Raises `UserError` where there is no
+    such folder, repository or revision, or neither cache nor connection, and `RunError` where a download broke off.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -23,23 +49,40 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"model '{name}' is a file; give the folder that holds {INDEX}")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
         raise UserError(f"model folder '{name}' does not exist; give a folder that holds {INDEX}, or owner/repository")
-    return _download(str(name), revision)
+    return _download(str(name), revision, variant, options)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache is of; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+def _download(name: str, revision: str | None, variant: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    allowed, ignored = _patterns(variant)
+    files = {"allow_patterns": allowed, "ignore_patterns": ignored}
+    commit, refusal = _commit(name, revision, options)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        if isinstance(refusal, RevisionNotFoundError):
+            raise refusal
+        if commit is None:
+            try:
+                folder = Path(
+                    snapshot_download(name, revision=revision, **{**files, **options, "local_files_only": True})
+                )
+            except LocalEntryNotFoundError:
+                raise refusal from None
+        else:
+            folder = Path(snapshot_download(name, revision=commit, **files, **options))
+            _remember(folder, revision or "main", commit)
     except GatedRepoError:
         reason = "is gated; accept its terms on its page and log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -48,82 +91,106 @@ def _download(name: str, revision: str | None) -> Path:
         reason = f"has no revision {revision!r}; give a branch, a tag or a full commit hash"
     except HFValidationError:
         reason = "is neither a folder nor a possible repository name; it must be owner/repository"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        response = getattr(error.__cause__ or error, "response", None)
+    except Exception as error:  # of the connection or the disk: the client wraps neither
+        response = getattr(error, "response", None)
+        if commit is not None:
+            said = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"the download of '{name}' broke off ({type(error).__name__}: {said}); run it again: what has arrived "
+                "is kept"
+            ) from None
         what = "cannot be reached" if response is None else f"answered {response.status_code}"
         reason = f"is no folder, is not in the cache, and the Hub {what}; check the name and the connection"
+    else:
+        print(f"note: '{name}' is of commit {commit_of(folder)}", file=sys.stderr)
+        return folder
     raise UserError(f"model '{name}' {reason}")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises `UserError` where it is missing or is not one."""
+def _commit(name: str, revision: str | None, options: dict[str, Any]) -> tuple[str | None, Exception | None]:
+    """The commit that a revision now is, or why that cannot be known."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if options.get("local_files_only"):
+        return None, OfflineModeIsEnabled("local_files_only")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing; the folder is incomplete: copy or write it again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({type(error).__name__}); copy or write it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' does not hold a JSON object; copy or write it again")
-    return content
+        return HfApi(token=options.get("token")).model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha, None
+    except Exception as error:  # refusals of the Hub, and whatever the client's transport raises
+        return None, error
 
 
-def check_components(folder: Path) -> None:
-    """Raises `UserError` unless every component that `model_index.json` names is there and whole."""
-    index = read_json(folder / INDEX)
-    for name, entry in index.items():
-        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
-            check_component(folder / name, str(entry[1]))
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Notes in the cache which commit a branch or tag is, as the client does where it resolves them itself."""
+    if revision != commit:
+        path = folder.parents[1] / "refs" / revision
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, commit)
 
 
-def check_component(folder: Path, class_name: str) -> None:
-    """Raises `UserError` unless `folder` holds a scheduler's, tokenizer's, processor's or model's files, whole."""
+def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
+    """What is downloaded of a repository, and what is not: whole models in one file, other variants, pickles."""
+    allowed = ["*.json", "*.txt"]
+    for stem in STEMS:
+        for kind in (f".{variant}", "") if variant else ("",):
+            allowed += [f"*/{stem}{kind}.safetensors", f"*/{stem}{kind}-*-of-*.safetensors"]
+    return allowed, [f"{name}/*" for name in NOT_OPENED]
+
+
+def check_components(folder: Path, leave_out: Collection[str] = (), variant: str | None = None) -> dict[str, Component]:
+    """The components that `model_index.json` names, each whole, of an allowed class and of the others' sizes.
+
+    `leave_out`: names of those that come from elsewhere. Raises `UserError` at the first fault.
+    """
+    found = {}
+    for name, entry in read_json(folder / INDEX).items():
+        if name.startswith("_") or not isinstance(entry, list) or name in (*leave_out, *NOT_OPENED):
+            continue
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise UserError(f"'{folder / INDEX}': '{name}' must be [library, class], got {str(entry)[:80]}")
+        if entry[1] is None:
+            continue
+        if name not in CLASSES:
+            raise UserError(f"'{name}' must be one of {', '.join(CLASSES)}, got a component of class {entry[1]}")
+        found[name] = _check(folder / name, configs.check_class(name, entry), variant)
+    fit.check_fit({name: component.config for name, component in found.items()})
+    for tokenizer, tower in (("tokenizer", "text_encoder"), ("prior_tokenizer", "prior_text_encoder")):
+        if tokenizer in found and tower in found:
+            fit.check_tokenizer(folder / tokenizer, found[tokenizer].config, found[tower].config)
+    for name, component in found.items():
+        weights.check_finite(name, component.tensors)
+    return found
+
+
+def check_component(folder: Path, classes: tuple[str, ...] | None = None) -> Component:
+    """The component in `folder`, whole. `classes`: those that it may be of, where not those that its name tells.
+
+    Raises `UserError` at the first fault.
+    """
+    classes = classes or CLASSES[folder.name]
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is missing; the model needs this component ({class_name})")
-    if "Tokenizer" in class_name:
-        read_json(folder / "tokenizer_config.json")
-        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise UserError(f"'{folder / 'tokenizer.json'}' is missing; the folder is incomplete: copy it again")
-    elif "Scheduler" in class_name:
-        read_json(folder / "scheduler_config.json")
-    elif "Processor" in class_name or "Extractor" in class_name:
-        read_json(folder / "preprocessor_config.json")
-    else:
-        read_json(folder / "config.json")
-        _check_weights(folder, class_name)
+        raise configs.missing(folder.name, folder)
+    component = _check(folder, configs.written_class(folder, classes), None)
+    weights.check_finite(folder.name, component.tensors)
+    return component
 
 
-def _check_weights(folder: Path, class_name: str) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        if pickles:
-            raise UserError(
-                f"'{folder / pickles[0]}' is a pickle, which is not opened; save the model with safe_serialization=True"
-            )
-        raise UserError(f"'{folder}' holds no *.safetensors; the weights of this {class_name} are missing")
-    for index in folder.glob("*.safetensors.index.json"):
-        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / shard).is_file():
-                raise UserError(f"'{folder / shard}' is missing, though {index.name} names it; copy it again")
-    for file in files:
-        _check_length(file)
+def _check(folder: Path, class_name: str, variant: str | None) -> Component:
+    if not folder.is_dir():
+        raise configs.missing(folder.name, folder)
+    config = configs.read_config(folder, class_name)
+    has_weights = configs.config_path(folder, class_name).name == "config.json"
+    stem = STEMS[0] if class_name.startswith("CLIP") else STEMS[1]
+    tensors = weights.read_headers(folder, stem, variant) if has_weights else {}
+    return Component(folder, class_name, config, tensors)
 
 
-def _check_length(path: Path) -> None:
-    """A safetensors file is a length (8 bytes, little-endian), a JSON header of that length, and the tensors."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        try:
-            if not 0 < header_length <= size - 8:
-                raise ValueError
-            header = json.loads(file.read(header_length))
-            tensors = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            expected = 8 + header_length + max(tensors, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(
-                f"'{path}' is not a whole safetensors file ({size} bytes); copy or write it again"
-            ) from None
-    if size != expected:
-        raise UserError(f"'{path}' has {size} bytes of {expected}: half-written; copy or write it again")
+def check_shapes(component: Component) -> None:
+    """Raises `UserError` unless a component's weights have the names and shapes that its configuration asks for.
+
+    Imports the component's class, and torch.
+    """
+    from ldm.components import shapes
+
+    if component.class_name in shapes.MODULES:
+        shapes.check_shapes(component.folder, component.class_name, component.tensors)

@@ -5,8 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ldm.components.configs import SCHEDULERS, read_json
 from ldm.errors import RunError, UserError
-from ldm.hub import check_component, read_json
+from ldm.hub import check_component, check_shapes
 
 COMPONENTS = {
     "autoencoder": {"vae": "AutoencoderKL"},
@@ -19,7 +20,7 @@ COMPONENTS = {
         "image_noising_scheduler": "DDPMScheduler",
     },
 }
-"""What each stage gives, with the class that usually sits there: it tells which files to expect."""
+"""What each stage gives, with the class of it; of schedulers any that fits."""
 
 IMAGE_TOWER = ("image_encoder", "image_processor")
 """CLIP's other half, copied beside the pipeline where the run has it: what reads images, and what a cache of further
@@ -94,7 +95,10 @@ def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
                     f"{stage} '{run}' has no '{component}' in it; give a finished {stage} run "
                     f"(its model folder holds {', '.join(COMPONENTS[stage])})"
                 )
-            check_component(model / component, class_name)
+            try:
+                check_component(model / component, SCHEDULERS if class_name in SCHEDULERS else (class_name,))
+            except UserError as error:
+                raise UserError(f"{stage} '{run}': {error}") from None
             folders[component] = model / component
     return folders
 
@@ -149,6 +153,9 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
     def model(kind: type, name: str):
         return kind.from_pretrained(folders[name], torch_dtype=torch.float32, use_safetensors=True)
 
+    for name, folder in folders.items():
+        if name != "tokenizer":
+            check_shapes(check_component(folder))
     tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
     with_projection = CLIPTextModelWithProjection.from_pretrained(folders["text_encoder"], dtype=torch.float32)
 

@@ -49,6 +49,9 @@ class LatentDiffusionBase(DiffusionPipeline):
     write them alone.
     """
 
+    commit: str | None = None
+    """Of the repository that it was opened from; None where that was a folder."""
+
     model_cpu_offload_seq = "prior_text_encoder->text_encoder->unet->vae"
     _exclude_from_cpu_offload = ["prior", "image_normalizer"]  # noqa: RUF012 (read by DiffusionPipeline as it stands)
     _prior_components = (
@@ -104,20 +107,30 @@ class LatentDiffusionBase(DiffusionPipeline):
         """Opens a folder, or a repository of the Hub at `revision`, after a check that it is whole.
 
         Computes in float32 whatever the files hold, unless `dtype` says otherwise. Further keyword arguments are
-        `DiffusionPipeline.from_pretrained`'s. Raises `UserError` for a name or a folder that cannot be used.
+        `DiffusionPipeline.from_pretrained`'s, but none that would run a model's own code or open a pickle. Raises
+        `UserError` for a name or a folder that cannot be used, `RunError` where a download broke off.
         """
-        folder = hub.resolve(name, revision)
-        hub.check_components(folder)
+        if unwanted := sorted({"custom_pipeline", "trust_remote_code"} & set(kwargs)):
+            raise UserError(f"{unwanted[0]} is not taken: no code comes with a model")
+        if not kwargs.get("use_safetensors", True):
+            raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
+        variant = kwargs.get("variant")
+        options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
+        folder = hub.resolve(name, revision, variant, **options)
+        components = hub.check_components(folder, leave_out=kwargs, variant=variant)
         index = hub.read_json(folder / cls.config_name)
         for component in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
-            if component not in kwargs and component not in index:
+            if component not in kwargs and component not in components:
                 raise UserError(
                     f"'{folder}' is a {index.get('_class_name')} without '{component}'; "
                     "give a folder in the layout of StableUnCLIPPipeline or StableDiffusionPipeline"
                 )
+        for component in components.values():
+            hub.check_shapes(component)
         if "torch_dtype" not in kwargs:  # the older name of dtype
             kwargs.setdefault("dtype", torch.float32)
         pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
+        pipeline.commit = hub.commit_of(folder)
         if "_default_settings" in index:
             pipeline.default_settings = index["_default_settings"]
         return pipeline

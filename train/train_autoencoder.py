@@ -206,7 +206,7 @@ def build(config: AutoencoderConfig) -> nn.Module:
     kind = CLASSES[config.kind]
     if config.init != "scratch":
         component = "vae" if config.kind == "kl" else "autoencoder"
-        autoencoder = kind.from_pretrained(run.component_folder(config.init, "init", component))
+        autoencoder = kind.from_pretrained(run.component_folder(config.init, "init", component, (kind.__name__,)))
     else:
         side = config.data.image_size
         sizes = {} if config.kind == "kl" else {"image_shape": (1 if config.greyscale else 3, side, side)}

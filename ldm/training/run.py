@@ -166,11 +166,13 @@ def check_unused(folder: Path, remedy: str) -> None:
         raise UserError(f"output_dir {folder} is already in use; {remedy}")
 
 
-def component_folder(run: str, option: str, component: str) -> Path:
+def component_folder(run: str, option: str, component: str, classes: tuple[str, ...] | None = None) -> Path:
     """Folder of a component that a run left in `<run>/model/`; `run` may also be a pipeline folder or Hub repository.
 
+    `classes`: those that the component may be of, where not those that its name tells (`ldm.components.configs`).
+
     Raises:
-        UserError: naming `option`, its value, and what is missing or half-written.
+        UserError: naming `option`, its value, and what is missing, damaged or not as its configuration says.
     """
     if not run:
         raise UserError(f"{option} must be set: the run folder that holds model/{component}")
@@ -179,7 +181,10 @@ def component_folder(run: str, option: str, component: str) -> Path:
         root = hub.resolve(run)
     for folder in (root / "model", root):
         if (folder / component / "config.json").is_file():
-            hub.check_component(folder / component, component)
+            try:
+                hub.check_shapes(hub.check_component(folder / component, classes))
+            except UserError as error:
+                raise UserError(f"{option} {run}: {error}") from None
             return folder / component
     raise UserError(
         f"{option} {run}: component {component!r} missing: expected {root / 'model' / component / 'config.json'}"

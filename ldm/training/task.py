@@ -119,7 +119,7 @@ def in_pixel_space(config: LdmConfig, share: Share) -> Task:
     if config.init == "scratch":
         unet = UNet2DModel(**{**config.model, **sizes})
     else:
-        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet", ("UNet2DModel",)))
         run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
     scheduler = DDPMScheduler(**schedule_settings(config), variance_type=config.variance)
 

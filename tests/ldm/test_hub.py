@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -7,42 +6,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import ldm
 from ldm.errors import UserError
-from ldm.hub import check_component, check_components, resolve
-
-INDEX = {
-    "_class_name": "StableUnCLIPPipeline",
-    "_default_settings": {"guidance_scale": 3.0},
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "feature_extractor": ["transformers", "CLIPImageProcessor"],
-    "safety_checker": [None, None],
-    "requires_safety_checker": False,
-}
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+from ldm.hub import commit_of, resolve
 
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "model"
-    files = {
-        "unet/config.json": {},
-        "scheduler/scheduler_config.json": {},
-        "tokenizer/tokenizer_config.json": {},
-        "tokenizer/tokenizer.json": {},
-        "feature_extractor/preprocessor_config.json": {},
-        "model_index.json": INDEX,
-    }
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    save_file({"weight": torch.arange(12.0), "bias": torch.ones(3, dtype=torch.float16)}, folder / WEIGHTS)
-    return folder
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text("{}")
+    return tmp_path / "model"
 
 
 def line(function, *arguments) -> str:
@@ -52,70 +26,9 @@ def line(function, *arguments) -> str:
     return str(caught.value)
 
 
-def test_a_whole_folder_passes(model):
-    check_components(model)
+def test_a_folder_is_itself(model):
+    assert commit_of(model) is None
     assert resolve(model) == resolve(str(model)) == model
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "unet/config.json",
-        WEIGHTS,
-        "scheduler/scheduler_config.json",
-        "tokenizer/tokenizer.json",
-        "tokenizer/tokenizer_config.json",
-        "feature_extractor/preprocessor_config.json",
-        "model_index.json",
-    ],
-)
-def test_a_file_that_is_missing_is_named(model, name):
-    (model / name).unlink()
-    message = line(check_components, model)
-    assert name.split("/")[0] in message and "missing" in message
-
-
-@pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", "scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
-def test_a_damaged_config_is_named(model, name, content):
-    (model / name).write_bytes(content.encode(errors="surrogateescape"))
-    assert name.split("/")[-1] in line(check_components, model)
-
-
-@pytest.mark.parametrize("length", [0, 5, 8, 20, 100, -1])
-def test_weights_cut_anywhere_are_named(model, length):
-    file = model / WEIGHTS
-    file.write_bytes(file.read_bytes()[:length])
-    assert WEIGHTS in line(check_components, model)
-
-
-@pytest.mark.parametrize(
-    "content", [b"\0" * 64, b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid sha256"]
-)
-def test_weights_that_are_something_else_are_named(model, content):
-    (model / WEIGHTS).write_bytes(content)
-    assert WEIGHTS in line(check_components, model)
-
-
-def test_bytes_after_the_weights_are_noticed(model):
-    with (model / WEIGHTS).open("ab") as file:
-        file.write(b"more")
-    assert "bytes of" in line(check_components, model)
-
-
-def test_pickles_are_not_opened(model):
-    (model / WEIGHTS).rename(model / "unet/diffusion_pytorch_model.bin")
-    assert "diffusion_pytorch_model.bin' is a pickle" in line(check_components, model)
-
-
-def test_a_shard_that_is_missing_is_named(model):
-    index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "second.safetensors"}}
-    (model / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    assert "second.safetensors' is missing" in line(check_components, model)
-
-
-def test_a_component_folder_that_is_missing_is_named(tmp_path):
-    assert "vae' is missing" in line(check_component, tmp_path / "vae", "AutoencoderKL")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", "nowhere", "~/nowhere", "owner/"])
@@ -138,7 +51,7 @@ def test_a_repository_out_of_the_cache_needs_no_connection(tmp_path, monkeypatch
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--model"
     (repository / "snapshots" / commit).mkdir(parents=True)
-    (repository / "snapshots" / commit / "model_index.json").write_text(json.dumps(INDEX))
+    (repository / "snapshots" / commit / "model_index.json").write_text("{}")
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(commit)
     assert resolve("someone/model") == repository / "snapshots" / commit

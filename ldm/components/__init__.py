@@ -1,0 +1,1 @@
+"""What the folder of a component must hold before anything is built from it: configuration, weights, neighbours."""
