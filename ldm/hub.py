@@ -3,6 +3,7 @@
 Nothing here imports torch before `check_shapes`: what is wrong with a folder is told before the libraries are there.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Collection
@@ -66,10 +67,14 @@ def _download(name: str, revision: str | None, variant: str | None, options: dic
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import disable_progress_bars
 
     allowed, ignored = _patterns(variant)
     files = {"allow_patterns": allowed, "ignore_patterns": ignored}
     commit, refusal = _commit(name, revision, options)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt of a download that fails is a warning
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         if isinstance(refusal, RevisionNotFoundError):
             raise refusal
@@ -100,7 +105,7 @@ def _download(name: str, revision: str | None, variant: str | None, options: dic
                 "is kept"
             ) from None
         what = "cannot be reached" if response is None else f"answered {response.status_code}"
-        reason = f"is no folder, is not in the cache, and the Hub {what}; check the name and the connection"
+        reason = f"is no folder, is not whole in the cache, and the Hub {what}; check the name and the connection"
     else:
         print(f"note: '{name}' is of commit {commit_of(folder)}", file=sys.stderr)
         return folder

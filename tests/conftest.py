@@ -1,13 +1,24 @@
-"""What tests of several folders write: tar shards of captioned pictures."""
+"""What tests of several folders share: tar shards of captioned pictures, and a Hub on this machine."""
 
+import hashlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+import threading
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+import ldm
 
 
 def _write_tar(path: Path, members: dict[str, bytes | str | dict | Image.Image]) -> Path:
@@ -49,3 +60,151 @@ def write_shards() -> Callable[..., list[Path]]:
         return paths
 
     return write
+
+
+@dataclass
+class Hub:
+    """A Hub that speaks the routes of huggingface.co, for the real client, from folders.
+
+    `repositories`: name -> {commit: folder}, the last being main's. What else happens is set by the tests.
+    """
+
+    url: str = ""
+    repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)  # start of a path -> status, X-Error-Code
+    cut: set[str] = field(default_factory=set)  # files whose download ends half-way and is refused from then on
+    requests: list[str] = field(default_factory=list)
+    pushed: dict[str, bytes] = field(default_factory=dict)
+    commits: list[dict] = field(default_factory=list)  # the headers of commits
+    created: list[dict] = field(default_factory=list)
+    home: Path = Path()
+
+    def run(self, script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        """Runs Python code in a process whose client asks this Hub and keeps its cache in `home`."""
+        kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        ours = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.home),
+            "HF_HUB_OFFLINE": "0",
+            "PYTHONPATH": str(Path(ldm.__file__).parents[1]),
+        }
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, env=kept | ours | environment, capture_output=True, text=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.hub.requests.append(f"{self.command} {self.path}")
+        path = self.path.partition("?")[0].strip("/")
+        repository = "/".join(path.removeprefix("api/models/").split("/")[:2])
+        for refused in (repository, f"{repository}/resolve"):
+            if refused in self.hub.refusals and path.removeprefix("api/models/").startswith(refused):
+                return self.answer(*self.hub.refusals[refused])
+        if repository not in self.hub.repositories:
+            return self.answer(404, "RepoNotFound")
+        commits = self.hub.repositories[repository]
+        rest = path.removeprefix("api/models/").split("/")[2:]
+        revision = rest[1] if len(rest) > 1 else "main"
+        commit = list(commits)[-1] if revision == "main" else revision
+        if commit not in commits:
+            return self.answer(404, "RevisionNotFound")
+        if not path.startswith("api/"):
+            return self.send_file(commits[commit], "/".join(rest[2:]), commit)
+        files = sorted(file for file in commits[commit].rglob("*") if file.is_file())
+        if rest[:1] == ["tree"]:
+            return self.send_json(
+                [
+                    {
+                        "type": "file",
+                        "path": file.relative_to(commits[commit]).as_posix(),
+                        "size": file.stat().st_size,
+                        "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+                    }
+                    for file in files
+                ]
+            )
+        names = [{"rfilename": file.relative_to(commits[commit]).as_posix()} for file in files]
+        return self.send_json({"id": repository, "modelId": repository, "sha": commit, "siblings": names, "tags": []})
+
+    do_HEAD = do_GET
+
+    def send_file(self, folder: Path, name: str, commit: str) -> None:
+        content = (folder / name).read_bytes()
+        start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        if name in self.hub.cut and self.command == "GET" and start:
+            self.close_connection = True
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "GET":
+            if name in self.hub.cut:
+                self.wfile.write(content[start : len(content) // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(content[start:])
+
+    def do_POST(self):
+        self.hub.requests.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        refusal = next((self.hub.refusals[name] for name in self.hub.refusals if name in path + body.decode()), None)
+        if refusal:
+            return self.answer(*refusal)
+        if path == "/api/repos/create":
+            self.hub.created.append(json.loads(body))
+            name = f"{self.hub.created[-1].get('organization', 'owner')}/{self.hub.created[-1]['name']}"
+            return self.send_json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            return self.send_json({"files": [{"path": f["path"], "uploadMode": "regular"} for f in files]})
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.hub.commits.append(line["value"])
+                else:
+                    self.hub.pushed[line["value"]["path"]] = b64decode(line["value"]["content"])
+            name = path.removeprefix("/api/models/").split("/commit/")[0]
+            return self.send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{'c' * 40}", "commitOid": "c" * 40})
+        return self.answer(404, "")
+
+    def send_json(self, content: object) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def answer(self, status: int, code: str) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Hub]:
+    """An empty Hub, its cache empty too."""
+    handler = type("Handler", (_Handler,), {"hub": Hub(home=tmp_path / "hub-home")})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    handler.hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield handler.hub
+    server.shutdown()
+    server.server_close()

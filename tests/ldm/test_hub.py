@@ -1,13 +1,5 @@
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-
 import pytest
 
-import ldm
 from ldm.errors import UserError
 from ldm.hub import commit_of, resolve
 
@@ -60,57 +52,114 @@ def test_a_repository_out_of_the_cache_needs_no_connection(tmp_path, monkeypatch
     assert "possible repository name" in line(resolve, "some one/?")
 
 
-class Refusal(BaseHTTPRequestHandler):
-    """A Hub that answers every request with the code in the repository's name, as `owner/404-RepoNotFound`."""
+RESOLVE = """
+import sys
+from ldm.errors import exit_code_of
+from ldm.hub import commit_of, resolve
 
-    def do_GET(self):
-        status, _, code = self.path.partition("owner/")[2].split("/")[0].partition("-")
-        self.send_response(int(status or 404))
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+def show():
+    folder = resolve(sys.argv[1], *sys.argv[2:])
+    print(commit_of(folder), *sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
 
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
+sys.exit(exit_code_of(show))
+"""
+OLD, NEW = "a" * 40, "b" * 40
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def hub():
-    server = HTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+@pytest.fixture
+def repository(hub, tmp_path):
+    """`user/model` of two commits."""
+    names = ["model_index.json", "unet/config.json", UNET, "text_encoder/model-00001-of-00002.safetensors"]
+    left_out = [
+        "whole.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "safety_checker/model.safetensors",
+        "net.py",
+    ]
+    for commit in (OLD, NEW):
+        for name in names + left_out:
+            path = tmp_path / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"{name} of {commit} ".encode() * 100)
+    hub.repositories["user/model"] = {commit: tmp_path / commit for commit in (OLD, NEW)}
+    return sorted(names)
+
+
+def test_a_repository_is_resolved_once_and_read_without_a_connection_from_then_on(hub, repository):
+    note = f"note: 'user/model' is of commit {NEW}\n"
+    first = hub.run(RESOLVE, "user/model")
+    assert (first.returncode, first.stderr) == (0, note)
+    assert first.stdout.split() == [NEW, *repository]
+    about = [request for request in hub.requests if request.startswith("GET /api/models/user/model")]
+    assert [request for request in about if "/tree/" not in request] == ["GET /api/models/user/model"]
+    hub.requests.clear()
+    offline = hub.run(RESOLVE, "user/model", HF_HUB_OFFLINE="1")
+    unreachable = hub.run(RESOLVE, "user/model", HF_ENDPOINT="http://127.0.0.1:1")
+    for result in (offline, unreachable):
+        assert (result.returncode, result.stdout, result.stderr) == (0, first.stdout, note)
+    assert hub.requests == []
+    assert hub.run(RESOLVE, "user/model", OLD).stdout.split()[0] == OLD
+    other = hub.run(RESOLVE, "user/model", "v2", HF_HUB_OFFLINE="1")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+
+
+def test_a_variant_is_taken_beside_what_has_none(hub, repository):
+    result = hub.run(RESOLVE.replace("*sys.argv[2:]", "variant='fp16'"), "user/model")
+    names = {"unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16-00001-of-00002.safetensors"}
+    assert set(result.stdout.split()) == {NEW, *repository, *names}
+
+
+def test_a_download_that_breaks_off_is_one_line_and_running_it_again_works(hub, repository):
+    hub.cut.add(UNET)
+    result = hub.run(RESOLVE, "user/model")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("failed: the download of 'user/model' broke off") and result.stderr.count("\n") == 1
+    assert "run it again" in result.stderr
+    assert "is not whole in the cache" in hub.run(RESOLVE, "user/model", HF_HUB_OFFLINE="1").stderr
+    hub.cut.clear()
+    again = hub.run(RESOLVE, "user/model")
+    assert (again.returncode, again.stdout.split()) == (0, [NEW, *repository])
 
 
 @pytest.mark.parametrize(
-    ("repository", "message"),
+    ("refusal", "message"),
     [
-        ("owner/404-RepoNotFound", "is neither a folder nor a repository that can be read"),
-        ("owner/401-GatedRepo", "is gated; accept its terms"),
-        ("owner/404-RevisionNotFound", "has no revision 'v9'"),
-        ("owner/418", "the Hub answered 418"),
+        ((404, "RepoNotFound"), "is neither a folder nor a repository that can be read"),
+        ((401, "GatedRepo"), "is gated; accept its terms"),
+        ((403, "GatedRepo"), "is gated; accept its terms"),
+        ((404, "RevisionNotFound"), "has no revision 'v9'"),
+        ((418, ""), "the Hub answered 418"),
+        ((500, ""), "the Hub answered 500"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repository, message):
-    script = (
-        "import sys; from ldm.errors import exit_code_of; from ldm.hub import resolve; "
-        "sys.exit(exit_code_of(lambda: resolve(sys.argv[1], 'v9')))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, repository],
-        env={
-            **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
-            "HF_ENDPOINT": hub,
-            "HF_HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "0",
-            "PYTHONPATH": str(Path(ldm.__file__).parents[1]),
-        },
-        capture_output=True,
-        text=True,
-    )
+def test_what_the_hub_refuses_is_one_line(hub, refusal, message):
+    hub.refusals["user/model"] = refusal
+    result = hub.run(RESOLVE, "user/model", "v9")
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: model '{repository}' ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: model 'user/model' ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+def test_a_gated_repository_shows_its_files_and_gives_none(hub, repository):
+    hub.refusals["user/model/resolve"] = (403, "GatedRepo")
+    result = hub.run(RESOLVE, "user/model")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "is gated; accept its terms" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_revision_that_is_not_there_is_one_line(hub, repository):
+    result = hub.run(RESOLVE, "user/model", "v9")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: model 'user/model' has no revision 'v9'; give a branch, a tag or a full commit hash\n"
+    )
+
+
+def test_what_is_in_the_cache_is_opened_though_the_hub_refuses(hub, repository):
+    assert hub.run(RESOLVE, "user/model").returncode == 0
+    hub.refusals["user/model"] = (503, "")
+    assert hub.run(RESOLVE, "user/model").stdout.split()[0] == NEW
