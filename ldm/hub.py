@@ -18,6 +18,8 @@ from ldm.files import write_text
 INDEX = "model_index.json"
 NOT_OPENED = ("safety_checker",)
 """Of the layouts of others: what no pipeline of ours reads, and a download leaves out."""
+BESIDE = ("README.md", "LICENSE", "grid.png", "training/*.yaml")
+"""Of a repository's files that no component needs: what a card is made of, and stays with the model."""
 STEMS = ("model", "diffusion_pytorch_model")
 """Names of weight files, without an ending: Transformers', Diffusers'."""
 HUB_TIMEOUT = 10
@@ -135,7 +137,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
     """What is downloaded of a repository, and what is not: whole models in one file, other variants, pickles."""
-    allowed = ["*.json", "*.txt"]
+    allowed = ["*.json", "*.txt", *BESIDE]
     for stem in STEMS:
         for kind in (f".{variant}", "") if variant else ("",):
             allowed += [f"*/{stem}{kind}.safetensors", f"*/{stem}{kind}-*-of-*.safetensors"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm.components.configs import SCHEDULERS, read_json
 from ldm.errors import RunError, UserError
 from ldm.hub import check_component, check_shapes
+from pipelines.card import TRAINING
 
 COMPONENTS = {
     "autoencoder": {"vae": "AutoencoderKL"},
@@ -53,6 +54,7 @@ def assemble(
     try:
         partial.mkdir(parents=True)
         _save_pipeline(folders, partial, dtype)
+        _keep_training({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}, partial)
         _make_readable(partial)
         if output.exists():
             output.rmdir()  # empty: checked above
@@ -181,6 +183,35 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
     # its config says and Diffusers in float32: stock would mix the two.
     for file in output.rglob("*.safetensors"):
         _convert(file, getattr(torch, dtype))
+
+
+def _keep_training(stages: dict[str, str | Path], output: Path) -> None:
+    """Each stage's configuration, without the paths of this machine, and its last metrics: for the card."""
+    import yaml
+
+    for stage, name in stages.items():
+        run = Path(name).expanduser()
+        if (run / "config.yaml").is_file():
+            (output / TRAINING).mkdir(exist_ok=True)
+            config = _without_folders(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+            (output / TRAINING / f"{stage}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            if metrics := _last_metrics(run / "metrics.jsonl"):
+                (output / TRAINING / f"{stage}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _last_metrics(path: Path) -> dict:
+    """The last value of everything that a run has logged; {} where it has logged nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {key: value for line in lines if line.endswith("}") for key, value in json.loads(line).items()}
+
+
+def _without_folders(value):
+    """Absolute paths as their last name, wherever they stand."""
+    if isinstance(value, dict):
+        return {key: _without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _scheduler(folder: Path):

@@ -51,6 +51,8 @@ class LatentDiffusionBase(DiffusionPipeline):
 
     commit: str | None = None
     """Of the repository that it was opened from; None where that was a folder."""
+    folder: Path | None = None
+    """On this machine, that it was opened from."""
 
     model_cpu_offload_seq = "prior_text_encoder->text_encoder->unet->vae"
     _exclude_from_cpu_offload = ["prior", "image_normalizer"]  # noqa: RUF012 (read by DiffusionPipeline as it stands)
@@ -130,7 +132,7 @@ class LatentDiffusionBase(DiffusionPipeline):
         if "torch_dtype" not in kwargs:  # the older name of dtype
             kwargs.setdefault("dtype", torch.float32)
         pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
-        pipeline.commit = hub.commit_of(folder)
+        pipeline.commit, pipeline.folder = hub.commit_of(folder), folder
         if "_default_settings" in index:
             pipeline.default_settings = index["_default_settings"]
         return pipeline
@@ -155,6 +157,27 @@ class LatentDiffusionBase(DiffusionPipeline):
             absent = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
             index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **absent}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        sample_prompts: list[str] | None = None,
+    ) -> str:
+        """Uploads the pipeline to the Hub in one commit, whose address it returns, and makes the repository if need be.
+
+        The README of the folder that it was opened from is kept; where there is none, one is written from what the
+        folder holds (`pipelines/card.py`). `sample_prompts`: drawn into its grid of samples. Raises `UserError` where
+        the Hub refuses the name or the login, and `RunError` where the upload broke off.
+        """
+        from pipelines.publish import publish
+
+        return publish(self, self.folder, repo_id, private, commit_message, token, create_pr, variant, sample_prompts)
 
     # ---- settings ----------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Hub:
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)  # start of a path -> status, X-Error-Code
     cut: set[str] = field(default_factory=set)  # files whose download ends half-way and is refused from then on
     requests: list[str] = field(default_factory=list)
-    pushed: dict[str, bytes] = field(default_factory=dict)
+    pushed: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> content
     commits: list[dict] = field(default_factory=list)  # the headers of commits
     created: list[dict] = field(default_factory=list)
     home: Path = Path()
@@ -167,14 +167,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = json.loads(body)["files"]
-            return self.send_json({"files": [{"path": f["path"], "uploadMode": "regular"} for f in files]})
+            return self.send_json(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
         if "/commit/" in path:
+            name = path.removeprefix("/api/models/").split("/commit/")[0]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "header":
                     self.hub.commits.append(line["value"])
                 else:
-                    self.hub.pushed[line["value"]["path"]] = b64decode(line["value"]["content"])
-            name = path.removeprefix("/api/models/").split("/commit/")[0]
+                    content = b64decode(line["value"]["content"])
+                    self.hub.pushed.setdefault(name, {})[line["value"]["path"]] = content
             return self.send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{'c' * 40}", "commitOid": "c" * 40})
         return self.answer(404, "")
 

@@ -1,0 +1,99 @@
+"""A pipeline's folder put on the Hub, with a card."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from ldm.errors import RunError, UserError
+from ldm.files import make_readable
+from pipelines.card import GRID, REPORT, TRAINING, model_card
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+CARD = "README.md"
+BESIDE = (CARD, GRID, REPORT, TRAINING, "knows.json", "LICENSE", "image_encoder", "image_processor")
+"""What a model's folder may hold beside the components, and keeps when it is published."""
+SAMPLE_PROMPTS = 16  # at most, in the grid
+
+
+def publish(
+    pipe: "DiffusionPipeline",
+    source: Path | None,
+    repository: str,
+    private: bool | None,
+    commit_message: str | None,
+    token: str | bool | None,
+    create_pr: bool,
+    variant: str | None,
+    sample_prompts: list[str] | None,
+) -> str:
+    """Uploads the pipeline and what lies beside its components in `source`; the commit's address on the Hub.
+
+    A card is written where `source` has none, and a grid drawn of `sample_prompts` where they are given. Raises
+    `UserError` where the Hub refuses the name or the login, `RunError` where the upload broke off; a repository's
+    commit is whole or is not made.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _telling(repository):  # before anything is drawn or written
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        pipe.save_pretrained(folder, variant=variant)
+        for file in folder.rglob("*.safetensors"):
+            make_readable(file)
+        for kept in BESIDE if source is not None else ():
+            if (source / kept).is_dir() and not (folder / kept).exists():
+                shutil.copytree(source / kept, folder / kept)
+            elif (source / kept).is_file():
+                shutil.copyfile(source / kept, folder / kept)
+        if sample_prompts:
+            _draw_grid(pipe, sample_prompts, folder / GRID)
+        if not (folder / CARD).is_file():
+            (folder / CARD).write_text(model_card(folder, repository), encoding="utf-8")
+        with _telling(repository):
+            return api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message or "Upload the model",
+                create_pr=create_pr,
+            ).commit_url
+
+
+def _draw_grid(pipe: "DiffusionPipeline", prompts: list[str], path: Path) -> None:
+    import torch
+    from diffusers.utils import make_image_grid
+
+    prompts = prompts[:SAMPLE_PROMPTS]
+    images = [pipe(prompt, generator=torch.Generator().manual_seed(i)).images[0] for i, prompt in enumerate(prompts)]
+    columns = max(n for n in range(1, len(images) + 1) if len(images) % n == 0 and n * n <= 2 * len(images))
+    make_image_grid(images, rows=len(images) // columns, cols=columns).save(path)
+
+
+@contextmanager
+def _telling(repository: str) -> Iterator[None]:
+    """What the Hub refuses, and what breaks off, in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HFValidationError:
+        raise UserError(f"'{repository}' is not a possible repository name; it must be owner/repository") from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"'{repository}' cannot be pushed to: HF_HUB_OFFLINE is set; unset it") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UserError(
+                f"'{repository}' cannot be pushed to: the Hub answered {status}; log in with `hf auth login`, or give "
+                "a token that may write there"
+            ) from None
+        raise RunError(f"'{repository}' could not be pushed to: the Hub answered {status}; try again later") from None
+    except Exception as error:  # whatever the client's transport raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RunError(f"'{repository}' could not be pushed to ({said}); check the connection, try again") from None
