@@ -1,6 +1,7 @@
 """From a folder or the name of a repository to a local folder whose components are whole and fit each other.
 
-Nothing here imports torch before `check_shapes`: what is wrong with a folder is told before the libraries are there.
+What is wrong with a folder is told before the libraries are there: `check_components` imports none of them,
+`check_finite` numpy, and only `check_shapes` torch.
 """
 
 import logging
@@ -164,8 +165,6 @@ def check_components(folder: Path, leave_out: Collection[str] = (), variant: str
     for tokenizer, tower in (("tokenizer", "text_encoder"), ("prior_tokenizer", "prior_text_encoder")):
         if tokenizer in found and tower in found:
             fit.check_tokenizer(folder / tokenizer, found[tokenizer].config, found[tower].config)
-    for name, component in found.items():
-        weights.check_finite(name, component.tensors)
     return found
 
 
@@ -177,9 +176,7 @@ def check_component(folder: Path, classes: tuple[str, ...] | None = None) -> Com
     classes = classes or CLASSES[folder.name]
     if not folder.is_dir():
         raise configs.missing(folder.name, folder)
-    component = _check(folder, configs.written_class(folder, classes), None)
-    weights.check_finite(folder.name, component.tensors)
-    return component
+    return _check(folder, configs.written_class(folder, classes), None)
 
 
 def _check(folder: Path, class_name: str, variant: str | None) -> Component:
@@ -190,6 +187,11 @@ def _check(folder: Path, class_name: str, variant: str | None) -> Component:
     stem = STEMS[0] if class_name.startswith("CLIP") else STEMS[1]
     tensors = weights.read_headers(folder, stem, variant) if has_weights else {}
     return Component(folder, class_name, config, tensors)
+
+
+def check_finite(component: Component) -> None:
+    """Raises `UserError` at the first of a component's weights that is not finite. Reads all of them, with numpy."""
+    weights.check_finite(component.folder.name, component.tensors)
 
 
 def check_shapes(component: Component) -> None:

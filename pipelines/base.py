@@ -128,6 +128,7 @@ class LatentDiffusionBase(DiffusionPipeline):
                     "give a folder in the layout of StableUnCLIPPipeline or StableDiffusionPipeline"
                 )
         for component in components.values():
+            hub.check_finite(component)
             hub.check_shapes(component)
         if "torch_dtype" not in kwargs:  # the older name of dtype
             kwargs.setdefault("dtype", torch.float32)

@@ -129,7 +129,8 @@ def generate(arguments: argparse.Namespace) -> None:
     _check_start(arguments)
     outputs = _picture_paths(Path(arguments.output).expanduser(), arguments.num_images)
     folder = hub.resolve(arguments.model, arguments.revision)
-    hub.check_components(folder)
+    for component in hub.check_components(folder).values():
+        hub.check_finite(component)
     _say_what_it_knows(folder, arguments.prompt)
 
     # Thousands of modules are imported now: looking for garbage among them again and again would take a second.

@@ -182,7 +182,9 @@ def component_folder(run: str, option: str, component: str, classes: tuple[str, 
     for folder in (root / "model", root):
         if (folder / component / "config.json").is_file():
             try:
-                hub.check_shapes(hub.check_component(folder / component, classes))
+                found = hub.check_component(folder / component, classes)
+                hub.check_finite(found)
+                hub.check_shapes(found)
             except UserError as error:
                 raise UserError(f"{option} {run}: {error}") from None
             return folder / component
