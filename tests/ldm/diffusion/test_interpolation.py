@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_ends_norms_and_equal_angles(shape):
     torch.testing.assert_close(path[-1], end)
     torch.testing.assert_close(path.flatten(1).norm(dim=1), (1 - SHARES) * start.norm() + SHARES * end.norm())
     whole = angle(start, end)
-    for one, next_one in zip(path, path[1:], strict=False):
+    for one, next_one in itertools.pairwise(path):
         assert angle(one, next_one) == pytest.approx(whole / 8, abs=1e-12)
 
 
