@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 
 from ldm.errors import UserError
@@ -96,6 +97,18 @@ def test_the_ends_are_the_variations_of_two_images(between, vary, photos):
     frames = between(image=photos, num_frames=3, generator=[seeded(1), seeded(2)])
     for i, frame in ((0, frames[0]), (1, frames[-1])):
         assert np.abs(frame - vary(photos[i], generator=seeded(1 + i))[0]).max() < 1e-4
+
+
+def test_the_ends_hold_with_another_scale_of_noise(family, photos):
+    between, vary = (
+        type(family[name]).from_pipe(
+            family[name], scheduler=EulerDiscreteScheduler.from_config(family[name].scheduler.config)
+        )
+        for name in ("LatentDiffusionInterpolationPipeline", "LatentDiffusionVariationPipeline")
+    )
+    frames = between(image=photos, num_frames=3, generator=[seeded(1), seeded(2)], **FAST).images
+    for i, frame in ((0, frames[0]), (1, frames[-1])):
+        assert np.abs(frame - vary(photos[i], generator=seeded(1 + i), **FAST).images[0]).max() < 1e-4
 
 
 def test_frames_lie_between(between, photos):

@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, StableUnCLIPPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableUnCLIPPipeline,
+    UniPCMultistepScheduler,
+)
 
 from pipelines import LatentDiffusionPipeline
 
@@ -88,12 +97,22 @@ def test_same_picture_as_stable_diffusion(pipe_without_prior, stock_without_prio
     assert np.abs(draw(stock_without_prior, CASES[name]) - draw(pipe_without_prior, CASES[name])).max() <= 1 / 255
 
 
-def test_same_picture_with_a_multistep_scheduler(pipe, stock, tmp_path):
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,  # its noise is not of standard deviation 1, nor that of the next two
+        HeunDiscreteScheduler,
+        LMSDiscreteScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_same_picture_with_another_scheduler(pipe, tmp_path, scheduler):
     ours = LatentDiffusionPipeline(**pipe.components)
-    ours.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    ours.scheduler = scheduler.from_config(pipe.scheduler.config)
     ours.set_progress_bar_config(disable=True)
     theirs = opened_by_stock(ours, tmp_path / "model")
-    assert type(theirs.scheduler) is DPMSolverMultistepScheduler
+    assert type(theirs.scheduler) is scheduler
     case = CASES["negative"]
     difference = draw(theirs, case, prior_num_inference_steps=5) - draw(
         ours, case, prior_num_inference_steps=5, num_prior_samples=1
