@@ -143,7 +143,9 @@ class LatentDiffusionBase(DiffusionPipeline):
         """A pipeline of this kind with the components of another one, which stay in the precision that they are in."""
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)  # Diffusers would convert what the other one uses to float32
-        return super().from_pipe(pipeline, **kwargs)
+        own = super().from_pipe(pipeline, **kwargs)
+        own.commit, own.folder = getattr(pipeline, "commit", None), getattr(pipeline, "folder", None)
+        return own
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` under the name of the stock pipeline whose layout this is, which opens it."""

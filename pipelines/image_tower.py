@@ -66,7 +66,8 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> Self:
         """As `LatentDiffusionBase.from_pretrained`, with the image tower where the folder has one."""
-        folder = hub.resolve(name, revision)
+        options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
+        folder = hub.resolve(name, revision, kwargs.get("variant"), **options)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
         return super().from_pretrained(folder, **_image_tower(folder, dtype) | kwargs)
 
@@ -74,8 +75,9 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
         """As `DiffusionPipeline.from_pipe`, with the image tower of the folder that the pipeline was opened from."""
         if getattr(pipeline, ENCODER, None) is None:
-            folder = Path(pipeline.config.get("_name_or_path") or "no such folder")
-            kwargs = _image_tower(folder, pipeline.unet.dtype) | kwargs
+            folder = getattr(pipeline, "folder", None) or pipeline.config.get("_name_or_path")
+            if folder is not None:
+                kwargs = _image_tower(Path(folder), pipeline.unet.dtype) | kwargs
         return super().from_pipe(pipeline, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
@@ -130,8 +132,10 @@ def _image_tower(folder: Path, dtype: torch.dtype) -> dict:
     processor = next((folder / name for name in PROCESSORS if (folder / name).is_dir()), None)
     if processor is None or not (folder / ENCODER).is_dir():
         return {}
-    hub.check_component(folder / ENCODER, (CLIPVisionModelWithProjection.__name__,))
-    hub.check_component(processor, (CLIPImageProcessor.__name__,))
+    hub.check_component(processor)
+    encoder = hub.check_component(folder / ENCODER)
+    hub.check_finite(encoder)
+    hub.check_shapes(encoder)
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
     return {
         ENCODER: CLIPVisionModelWithProjection.from_pretrained(folder / ENCODER, dtype=dtype, use_safetensors=True),

@@ -309,7 +309,7 @@ def test_an_image_that_is_not_finite_is_an_error(pipe, tmp_path):
 def test_a_missing_component_is_named(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model/unet")
-    with pytest.raises(UserError, match="unet' is missing"):
+    with pytest.raises(UserError, match="component 'unet' missing: expected"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "model")
 
 
