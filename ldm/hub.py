@@ -11,10 +11,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.components import configs, fit, weights
+from ldm.components import configs, fit, shapes, weights
 from ldm.components.configs import CLASSES, read_json
 from ldm.errors import RunError, UserError
 from ldm.files import write_text
+from ldm.patience import bounded
 
 INDEX = "model_index.json"
 NOT_OPENED = ("safety_checker",)
@@ -23,8 +24,6 @@ BESIDE = ("README.md", "LICENSE", "grid.png", "training/*.yaml")
 """Of a repository's files that no component needs: what a card is made of, and stays with the model."""
 STEMS = ("model", "diffusion_pytorch_model")
 """Names of weight files, without an ending: Transformers', Diffusers'."""
-HUB_TIMEOUT = 10
-"""Seconds for the Hub to say which commit a revision is; then the cache is asked."""
 DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 """Of the Hub's client, as its own functions take them."""
 
@@ -89,7 +88,8 @@ def _download(name: str, revision: str | None, variant: str | None, options: dic
             except LocalEntryNotFoundError:
                 raise refusal from None
         else:
-            folder = Path(snapshot_download(name, revision=commit, **files, **options))
+            with bounded():
+                folder = Path(snapshot_download(name, revision=commit, **files, **options))
             _remember(folder, revision or "main", commit)
     except GatedRepoError:
         reason = "is gated; accept its terms on its page and log in with `hf auth login`"
@@ -123,7 +123,8 @@ def _commit(name: str, revision: str | None, options: dict[str, Any]) -> tuple[s
     if options.get("local_files_only"):
         return None, OfflineModeIsEnabled("local_files_only")
     try:
-        return HfApi(token=options.get("token")).model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha, None
+        with bounded():
+            return HfApi(token=options.get("token")).model_info(name, revision=revision).sha, None
     except Exception as error:  # refusals of the Hub, and whatever the client's transport raises
         return None, error
 
@@ -165,6 +166,8 @@ def check_components(folder: Path, leave_out: Collection[str] = (), variant: str
     for tokenizer, tower in (("tokenizer", "text_encoder"), ("prior_tokenizer", "prior_text_encoder")):
         if tokenizer in found and tower in found:
             fit.check_tokenizer(folder / tokenizer, found[tokenizer].config, found[tower].config)
+    for name, component in found.items():
+        shapes.check_outline(name, component.class_name, component.config, component.tensors)
     return found
 
 
@@ -199,7 +202,5 @@ def check_shapes(component: Component) -> None:
 
     Imports the component's class, and torch.
     """
-    from ldm.components import shapes
-
     if component.class_name in shapes.MODULES:
         shapes.check_shapes(component.folder, component.class_name, component.tensors)

@@ -1,8 +1,11 @@
 """Whether the weights of a component are those of its configuration: it is built without memory, on torch's meta
-device, and its names and shapes are compared with what the headers of the files say."""
+device, and its names and shapes are compared with what the headers of the files say. A few of them, which follow from
+the configuration at once, are compared before torch is imported."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ldm.components.configs import IMAGE_TOWERS, TEXT_TOWERS, read_config
 from ldm.components.weights import Stored
@@ -20,6 +23,54 @@ OLDER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".pr
 """Of the autoencoder's attention, before Diffusers 0.12."""
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def check_outline(component: str, class_name: str, config: Mapping[str, Any], tensors: dict[str, Stored]) -> None:
+    """Raises `UserError` at the first of the weights at a network's ends and levels that is not as it should be."""
+    stored = {_plain(key): tensor.shape for key, tensor in tensors.items()}
+    for key, shape in _outline(class_name, config).items():
+        if None not in shape and stored.get(key) != shape:
+            raise _disagreement(component, key, shape, stored.get(key))
+
+
+def _outline(class_name: str, config: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """Name -> shape of weights that the class always has; None for sizes that the configuration leaves to it."""
+    get = config.get
+    if class_name == "UNet2DConditionModel":
+        blocks, kernel = get("block_out_channels"), (get("conv_in_kernel"),) * 2
+        plain = ("DownBlock2D", "CrossAttnDownBlock2D")
+        levels = {
+            f"down_blocks.{i}.resnets.0.conv1.weight": (blocks[i], blocks[max(i - 1, 0)], 3, 3)
+            for i, kind in enumerate(get("down_block_types") or ())
+            if kind in plain
+        }
+        return {"conv_in.weight": (blocks[0], get("in_channels"), *kernel), **levels}
+    if class_name == "AutoencoderKL":
+        blocks = get("block_out_channels")
+        return {
+            "encoder.conv_in.weight": (blocks[0], get("in_channels"), 3, 3),
+            "decoder.conv_in.weight": (blocks[-1], get("latent_channels"), 3, 3),
+            "decoder.conv_out.weight": (get("out_channels"), blocks[0], 3, 3),
+        }
+    if class_name == "PriorTransformer":
+        embedding = get("embedding_dim")
+        return {
+            "clip_mean": (1, get("clip_embed_dim") or embedding),
+            "proj_in.weight": (_product(get("num_attention_heads"), get("attention_head_dim")), embedding),
+        }
+    if class_name in TEXT_TOWERS:
+        width = get("hidden_size")
+        return {
+            "embeddings.token_embedding.weight": (get("vocab_size"), width),
+            "embeddings.position_embedding.weight": (get("max_position_embeddings"), width),
+        }
+    if class_name == "StableUnCLIPImageNormalizer":
+        return {"mean": (1, get("embedding_dim"))}
+    return {}
+
+
+def _product(left: int | None, right: int | None) -> int | None:
+    return None if left is None or right is None else left * right
 
 
 def check_shapes(folder: Path, class_name: str, tensors: dict[str, Stored]) -> None:

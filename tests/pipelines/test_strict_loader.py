@@ -283,8 +283,9 @@ def test_a_fault_is_told_in_one_line(folder, tmp_path, capsys, damage):
     assert not (tmp_path / "cat.png").exists()
 
 
-def test_a_million_layers_are_refused_before_torch_is_there(folder, tmp_path):
-    _a_million_layers(folder)
+@pytest.mark.parametrize("damage", [_a_million_layers, _shapes, _html, _vae_weights_for_unet, _other_latents])
+def test_a_fault_is_told_before_torch_is_there(folder, tmp_path, damage):
+    message = damage(folder)
     script = (
         "import sys; from pipelines import cli\n"
         "try: cli.main(sys.argv[1:])\n"
@@ -298,7 +299,7 @@ def test_a_million_layers_are_refused_before_torch_is_there(folder, tmp_path):
         text=True,
     )
     assert (result.returncode, result.stdout) == (2, "\n")
-    assert result.stderr == "error: unet/config.json: layers_per_block must be <= 64, got 1000000\n"
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
 
 # ---- what is whole ---------------------------------------------------------------------------------------------------
