@@ -132,10 +132,10 @@ def _image_tower(folder: Path, dtype: torch.dtype) -> dict:
     processor = next((folder / name for name in PROCESSORS if (folder / name).is_dir()), None)
     if processor is None or not (folder / ENCODER).is_dir():
         return {}
-    hub.check_component(processor)
-    encoder = hub.check_component(folder / ENCODER)
+    encoder = hub.check_component(folder / ENCODER, (CLIPVisionModelWithProjection.__name__,))
     hub.check_finite(encoder)
     hub.check_shapes(encoder)
+    hub.check_component(processor, (CLIPImageProcessor.__name__,))
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
     return {
         ENCODER: CLIPVisionModelWithProjection.from_pretrained(folder / ENCODER, dtype=dtype, use_safetensors=True),
