@@ -42,7 +42,7 @@ SMALL = {
         "statistics_images=16",
         "training.batch_size=8",
     ],
-    "cache": ["data.max_images=24"],
+    "cache": ["data.max_images=24", "precision=fp32"],
     "prior": [
         *DATA,
         *EVERY,

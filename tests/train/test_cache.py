@@ -40,6 +40,15 @@ def contents(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir() if path.name not in own}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes have that these tests start: another number rounds otherwise, and bytes are compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Twelve drawn scenes with captions; one file is cut off."""
