@@ -16,7 +16,6 @@ for one step, since time does not depend on weights.
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines.arguments import ArgumentParser
@@ -48,7 +49,7 @@ LOSS_STEPS = 60
 
 @dataclass
 class Side:
-    """A training that goes on only while it is its turn, a process group of its own."""
+    """A training that goes on only while it is its turn: a process and those it started."""
 
     name: str
     command: list[str]
@@ -60,9 +61,7 @@ class Side:
         """Up to the third step, which has seen compilation and the first touches of memory."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "ACCELERATE_USE_CPU": "true"}
         with self.output.with_suffix(".log").open("w") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
-            )
+            self.process = psutil.Popen(self.command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         begin = time.monotonic()
         while self.steps() < 3:
             if self.process.poll() is not None or time.monotonic() - begin > GIVE_UP:
@@ -75,12 +74,17 @@ class Side:
         path = self.output / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
+    def _processes(self) -> list[psutil.Process]:
+        return [*self.process.children(recursive=True), self.process]
+
     def pause(self) -> None:
-        os.killpg(self.process.pid, signal.SIGSTOP)
+        for process in self._processes():
+            process.suspend()
 
     def turn(self, seconds: float, batch_size: int) -> None:
         """Goes on from the end of a step to that of another, `seconds` or more later; notes the samples a second."""
-        os.killpg(self.process.pid, signal.SIGCONT)
+        for process in self._processes():
+            process.resume()
         first, begin = self._next_step(self.steps())
         last, end = first, begin
         while end - begin < seconds:
@@ -97,12 +101,12 @@ class Side:
 
     def peak_memory(self) -> float:
         """The most memory that its processes had, in MiB."""
-        group = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True, text=True, check=True)
-        peaks = [Path(f"/proc/{number}/status").read_text() for number in group.stdout.split()]
+        peaks = [Path(f"/proc/{process.pid}/status").read_text() for process in self._processes()]
         return sum(int(peak.split("VmHWM:")[1].split()[0]) for peak in peaks if "VmHWM:" in peak) / 1024
 
     def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        for process in self._processes():  # torchrun's are sessions of their own, which no signal to a group reaches
+            process.kill()
         self.process.wait()
 
 
