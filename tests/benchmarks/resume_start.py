@@ -21,17 +21,19 @@ from pipelines.arguments import ArgumentParser
 from tests.benchmarks.train_throughput import ROOT, SIZES, UNET, train_stages
 
 SCRIPT = ROOT / "train" / "train_ldm.py"
-IMPORTS = [sys.executable, "-c", f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='no')"]
+IMPORTS = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='no'); print('there', flush=True)"
 FIRST, LAST = 2, 6  # the checkpoint's step, and the run's last
 BATCH_SIZE = 64
 
 
-def timed(command: list[str | Path]) -> float:
+def to_the_end_of_imports() -> float:
+    """Seconds until the script's imports are there, without the end of the process."""
     begin = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RunError(done.stderr.strip().splitlines()[-1])
-    return time.monotonic() - begin
+    process = subprocess.Popen([sys.executable, "-c", IMPORTS], stdout=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    took = time.monotonic() - begin
+    process.communicate()
+    return took
 
 
 def to_first_step(command: list[str | Path], metrics: Path) -> float:
@@ -62,7 +64,9 @@ def main() -> None:
                    *(f"{stage}={stages / stage}" for stage in ("clip", "autoencoder", "cache")),
                    f"training.max_steps={LAST}", "training.compile=false", "training.log_every=1",
                    f"training.checkpoint_every={FIRST}", "training.keep_checkpoints=9"]  # fmt: skip
-        timed([*command, f"output_dir={folder / 'run'}"])
+        done = subprocess.run([*command, f"output_dir={folder / 'run'}"], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RunError(done.stderr.strip().splitlines()[-1])
         starts, imports = [], []
         for repeat in range(arguments.repeats):
             run = folder / f"resumed-{repeat}"
@@ -73,7 +77,7 @@ def main() -> None:
             shutil.rmtree(run / "model")
             (run / "metrics.jsonl").write_text("")
             starts.append(to_first_step([*command, f"output_dir={run}", "--resume"], run / "metrics.jsonl"))
-            imports.append(timed(IMPORTS))
+            imports.append(to_the_end_of_imports())
         for what, seconds in (("to the first step", starts), ("imports alone", imports)):
             print(f"{what}: median {statistics.median(seconds):.2f} s of {', '.join(f'{s:.2f}' for s in seconds)}")
         print(f"beyond imports: {statistics.median(a - b for a, b in zip(starts, imports, strict=True)):.2f} s")
