@@ -103,11 +103,11 @@ class TrainingConfig:
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware multiplies it fast, else fp32."""
     compile: bool = False
-    """Compile the network's repeated blocks: a minute or more, then faster steps."""
+    """Compile the network's repeated blocks: half a minute or more, then faster steps."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     find_micro_batch: bool = False
-    """Try one step before training, and double the accumulation steps until it fits in the memory."""
+    """Try one step before training, with ever more accumulation steps until it fits in the memory."""
     wandb_project: str | None = None
     """Project of Weights & Biases that the run is logged to as well."""
     log_every: int = 10

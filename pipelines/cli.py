@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def console() -> None:
     """The command as installed."""
     if sys.argv[1:2] == ["generate"]:
-        # transformers imports these wherever they are installed, a second or more, and drawing needs neither
-        sys.modules.update(dict.fromkeys(("scipy", "sklearn")))
+        # transformers and diffusers import these wherever they are installed, a second or more; drawing needs none
+        sys.modules.update(dict.fromkeys(("scipy", "sklearn", "bitsandbytes")))
     main()
 
 

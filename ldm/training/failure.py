@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -140,7 +141,8 @@ class Guard:
 
 
 def in_words(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a script's `main`: where another process of the run is lost, RunError says so in one line."""
+    """Decorates a script's `main`: where memory runs out, or another process of the run is lost, RunError says so in
+    one line."""
 
     @functools.wraps(main)
     def told(*arguments: Any) -> None:
@@ -149,6 +151,12 @@ def in_words(main: Callable[[], None]) -> Callable[[], None]:
         except (RunError, Stopped):
             raise
         except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise RunError(
+                    f"memory ran out ({str(error).splitlines()[0][:120]}); checkpoints are intact: set "
+                    "training.find_micro_batch=true, training.gradient_checkpointing=true, or more "
+                    "training.gradient_accumulation_steps, with resume.allow naming it, and go on with --resume"
+                ) from None
             if not _is_of_processes(error):
                 raise
             if re.search("time(d )?out", str(error), re.IGNORECASE):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 
 from ldm import config as configuration
@@ -17,7 +17,7 @@ from ldm import hub
 from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
-from ldm.training import checkpoint, memory, precision, sharded
+from ldm.training import checkpoint, memory, precision, sharded, tracking
 from ldm.training.checkpoint import Saved
 from ldm.training.compiled import compile_blocks
 
@@ -45,6 +45,7 @@ def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Acc
             run it was; or there are not as many processes as there should be.
     """
     folder = Path(config.output_dir)
+    tracking.check(config.training)
     if not resume:
         check_unused(folder, "add --resume to continue it, or choose another")
     newest = checkpoint.newest(folder / "checkpoints") if resume else None
@@ -69,7 +70,7 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
     Raises:
         UserError: there are not as many processes as there should be, or they divide weights that cannot be divided.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     sharded.check(can_shard, on_cpu)
     # The run's own waiting (over gloo) ends first, with words, where NCCL's watchdog ends the process without.
     timeout = timedelta(seconds=training.timeout_seconds + (0 if on_cpu else 60))

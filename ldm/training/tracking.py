@@ -5,6 +5,7 @@ import os
 import resource
 import time
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ class Tracker:
         grid = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
         self.writer.add_image("samples", grid, step)
         if self.wandb:
-            self.wandb.log({"samples": _wandb().Image(grid)}, step=step)
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(grid)}, step=step)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -115,21 +118,21 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('training.wandb_project: Weights & Biases is not installed; pip install "ldm[wandb]"') from None
-    return wandb
+def check(training: TrainingConfig) -> None:
+    """Raises UserError where W&B is asked for and not installed: before a run folder is made."""
+    if training.wandb_project and find_spec("wandb") is None:
+        raise UserError('training.wandb_project: Weights & Biases is not installed; pip install "ldm[wandb]"')
 
 
 def _wandb_run(folder: Path, project: str) -> Any:
     """A run of W&B, the same one when the folder's run is resumed."""
+    import wandb  # heavy, and seldom wanted
+
     identity = folder / "wandb-id"
     if not identity.is_file():
         identity.write_text(uuid.uuid4().hex[:12])
     try:
-        return _wandb().init(
+        return wandb.init(
             project=project,
             id=identity.read_text(),
             name=folder.name,
@@ -137,7 +140,7 @@ def _wandb_run(folder: Path, project: str) -> Any:
             config=OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")),
             resume="allow",
         )
-    except _wandb().Error as error:
+    except wandb.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"training.wandb_project {project}: {reason}; wandb login, or set WANDB_MODE=offline") from None
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,10 @@ def test_what_cannot_be(runs, arguments_of, fails, tmp_path, option, words):
 def test_stages_that_search_no_micro_batch(runs, arguments_of, fails, tmp_path, stage):
     arguments = arguments_of(stage, runs, tmp_path / "run", "training.find_micro_batch=true")
     assert "training.find_micro_batch true" in fails(stage, arguments)
+
+
+def test_a_tracker_that_is_not_installed(runs, arguments_of, fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = fails("prior", arguments_of("prior", runs, tmp_path / "run", "training.wandb_project=shapes"))
+    assert 'pip install "ldm[wandb]"' in line
+    assert not (tmp_path / "run").exists()

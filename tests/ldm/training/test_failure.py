@@ -138,3 +138,12 @@ def test_a_lost_process_is_told_in_words():
             loses(text)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         loses("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_memory_that_runs_out_is_told_in_words():
+    @failure.in_words
+    def takes_too_much():
+        torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
+
+    with pytest.raises(RunError, match=r"memory ran out .* training\.find_micro_batch=true"):
+        takes_too_much()
