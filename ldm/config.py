@@ -1,23 +1,13 @@
-"""Typed configurations of the training scripts, read from YAML and `key=value` overrides.
+"""Typed configurations of the training scripts; `ldm.configuration` reads them.
 
-Model sections are the keyword arguments of the stock class they build; their keys are checked against its signature.
+Model sections are the keyword arguments of the stock class they build.
 """
 
-import dataclasses
 import difflib
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any
 
 from ldm.errors import UserError
-
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,69 +351,8 @@ class CacheConfig:
         _choose("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
 
 
-def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration of class `kind` from a YAML file; `overrides` are `key=value`, dots descend.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (the nearest is named), or a value out of its range.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    schema = OmegaConf.structured(kind)
-    for override in overrides:
-        if "=" not in override or override.startswith("-"):
-            raise UserError(f"override {override!r} is not of the form key=value, such as training.max_steps=500")
-    try:
-        merged = OmegaConf.merge(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        if missing := OmegaConf.missing_keys(merged):
-            raise UserError(f"{path}: {', '.join(sorted(missing))} must be set")
-        return OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        key = error.full_key or error.key
-        raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), _keys(kind))}") from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
-
-
-def save(config: Any, path: Path) -> None:
-    """Writes a configuration as YAML that `load` reads back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Keys of two configurations of one class whose values differ, dots descending: the two values of each."""
-    found = {}
-    for item in dataclasses.fields(before):
-        name, values = prefix + item.name, (getattr(before, item.name), getattr(after, item.name))
-        if dataclasses.is_dataclass(values[0]):
-            found |= differences(*values, f"{name}.")
-        elif values[0] != values[1]:
-            found[name] = values
-    return found
-
-
-def check_arguments(section: str, arguments: dict[str, Any], build: type) -> None:
-    """Raises UserError where `arguments` names one that `build` (a class or function) does not take."""
-    known = [name for name in inspect.signature(build).parameters if name != "self"]
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"unknown key '{section}.{name}'{_nearest(name, known)}")
-
-
-def _keys(kind: type, prefix: str = "") -> list[str]:
-    names = []
-    for item in dataclasses.fields(kind):
-        names.append(prefix + item.name)
-        if dataclasses.is_dataclass(item.type):
-            names += _keys(item.type, prefix + item.name + ".")
-    return names
-
-
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """What an error says after a name that is not known: the one that was probably meant, or all."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
@@ -435,4 +364,4 @@ def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
 
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{_nearest(value, list(allowed))}")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(value, list(allowed))}")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPVisionConfig
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.clip import export
 from ldm.config import CacheConfig, TrainingConfig
 from ldm.data import latents

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.autoencoders import kl
 from ldm.autoencoders.denoising import DenoisingAutoencoder
 from ldm.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss

@@ -12,7 +12,7 @@ import torch
 from open_clip import ClipLoss
 from open_clip.loss import gather_features
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.clip import augment, export
 from ldm.clip.model import build, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss

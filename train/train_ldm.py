@@ -26,7 +26,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.clip import export
 from ldm.config import LdmConfig
 from ldm.data.batches import data_state, micro_batches

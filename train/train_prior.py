@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, PriorTransformer
 from transformers import CLIPTextModelWithProjection
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.config import PriorConfig
 from ldm.data.batches import data_state, micro_batches
 from ldm.data.latents import CachedLatents

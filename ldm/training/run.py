@@ -12,8 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 
-from ldm import config as configuration
-from ldm import hub
+from ldm import configuration, hub
 from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.config import LdmConfig
 from ldm.data.batches import open_data
 from ldm.data.captions import open_images

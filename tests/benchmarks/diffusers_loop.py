@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from transformers import CLIPTextModelWithProjection
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.config import LdmConfig
 from ldm.errors import exit_code_of
 from pipelines.arguments import ArgumentParser

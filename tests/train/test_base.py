@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, PriorTransformer
 from transformers import CLIPTextModel
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.clip import export
 from ldm.clip.model import build
 from ldm.clip.tokenizer import clip_tokenizer

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ldm import config as configuration
+from ldm import configuration
 from ldm.config import LdmConfig
 from pipelines import LatentDiffusionPipeline
 from pipelines.cli import main as ldm_command

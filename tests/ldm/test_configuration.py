@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm import config
+from ldm import configuration
 from ldm.config import AutoencoderConfig, CacheConfig, ClipConfig, LdmConfig, PriorConfig
 from ldm.errors import UserError, exit_code_of
 
@@ -25,14 +25,14 @@ KINDS = {
     ids=lambda path: str(path.name),
 )
 def test_every_shipped_config_loads(path):
-    loaded = config.load(KINDS[path.stem], path)
+    loaded = configuration.load(KINDS[path.stem], path)
     assert loaded.output_dir == f"runs/{path.parent.name}/{path.stem}"
 
 
 def test_save_and_load_give_an_equal_config(tmp_path):
-    first = config.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", ["seed=7", "training.betas=[0.8,0.95]"])
-    config.save(first, tmp_path / "config.yaml")
-    assert config.load(LdmConfig, tmp_path / "config.yaml") == first
+    first = configuration.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", ["seed=7", "training.betas=[0.8,0.95]"])
+    configuration.save(first, tmp_path / "config.yaml")
+    assert configuration.load(LdmConfig, tmp_path / "config.yaml") == first
     assert first.seed == 7 and first.training.betas == [0.8, 0.95]
 
 
@@ -54,28 +54,28 @@ def test_save_and_load_give_an_equal_config(tmp_path):
 )
 def test_mistakes_are_one_line_that_names_them(override, words):
     with pytest.raises(UserError) as error:
-        config.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", [override])
+        configuration.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", [override])
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_a_missing_file_and_a_missing_key(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        config.load(LdmConfig, tmp_path / "none.yaml")
+        configuration.load(LdmConfig, tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match="output_dir must be set"):
-        config.load(LdmConfig, tmp_path / "empty.yaml")
+        configuration.load(LdmConfig, tmp_path / "empty.yaml")
     (tmp_path / "broken.yaml").write_text("seed: [1\n")
     with pytest.raises(UserError, match=r"broken\.yaml"):
-        config.load(LdmConfig, tmp_path / "broken.yaml")
+        configuration.load(LdmConfig, tmp_path / "broken.yaml")
 
 
 def test_unknown_model_arguments_name_the_nearest():
     from diffusers import UNet2DConditionModel
 
-    config.check_arguments("model", {"layers_per_block": 1}, UNet2DConditionModel)
+    configuration.check_arguments("model", {"layers_per_block": 1}, UNet2DConditionModel)
     with pytest.raises(UserError, match=r"model\.layer_per_block.*did you mean 'layers_per_block'"):
-        config.check_arguments("model", {"layer_per_block": 1}, UNet2DConditionModel)
+        configuration.check_arguments("model", {"layer_per_block": 1}, UNet2DConditionModel)
 
 
 def test_exit_codes(capsys):
