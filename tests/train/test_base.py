@@ -11,6 +11,7 @@ from ldm import configuration
 from ldm.clip import export
 from ldm.clip.model import build
 from ldm.clip.tokenizer import clip_tokenizer
+from ldm.config import AutoencoderConfig, CacheConfig, ClipConfig, LdmConfig, PriorConfig
 from train.train_ldm import build_unet
 
 BASE = Path(__file__).parents[2] / "configs" / "base"
@@ -21,7 +22,7 @@ def parameters(model: torch.nn.Module) -> int:
 
 
 def test_autoencoder_is_stable_diffusions():
-    config = configuration.load(configuration.AutoencoderConfig, BASE / "autoencoder.yaml")
+    config = configuration.load(AutoencoderConfig, BASE / "autoencoder.yaml")
     with torch.device("meta"):
         vae = AutoencoderKL(**config.model)
     assert parameters(vae) == 83_653_863
@@ -29,7 +30,7 @@ def test_autoencoder_is_stable_diffusions():
 
 
 def test_text_tower_is_stable_diffusion_2s():
-    config = configuration.load(configuration.ClipConfig, BASE / "clip.yaml")
+    config = configuration.load(ClipConfig, BASE / "clip.yaml")
     tokenizer = clip_tokenizer(config.context_length)
     with torch.device("meta"):
         clip = build(
@@ -45,7 +46,7 @@ def test_text_tower_is_stable_diffusion_2s():
 
 
 def test_unet_is_that_of_stable_diffusion_2_1_unclip():
-    config = configuration.load(configuration.LdmConfig, BASE / "ldm.yaml")
+    config = configuration.load(LdmConfig, BASE / "ldm.yaml")
     with torch.device("meta"):
         unet = build_unet(config, (4, 32, 32), text_width=1024, embedding_dim=1024)
     class_embedding = 2048 * 1280 + 1280 + 1280 * 1280 + 1280  # beside the 865,910,724 of Stable Diffusion 2.1
@@ -54,13 +55,13 @@ def test_unet_is_that_of_stable_diffusion_2_1_unclip():
 
 
 def test_prior_has_a_billion_parameters_as_dall_e_2s():
-    config = configuration.load(configuration.PriorConfig, BASE / "prior.yaml")
+    config = configuration.load(PriorConfig, BASE / "prior.yaml")
     with torch.device("meta"):
         prior = PriorTransformer(**config.model, embedding_dim=1024, num_embeddings=77)
     assert parameters(prior) == pytest.approx(1e9, rel=0.05)
 
 
 def test_caching_reads_the_same_images():
-    cache = configuration.load(configuration.CacheConfig, BASE / "cache.yaml")
-    clip = configuration.load(configuration.ClipConfig, BASE / "clip.yaml")
+    cache = configuration.load(CacheConfig, BASE / "cache.yaml")
+    clip = configuration.load(ClipConfig, BASE / "clip.yaml")
     assert cache.data == clip.data
