@@ -153,11 +153,7 @@ def main() -> None:
 
 def claim(folder: Path) -> None:
     """Makes the folder this process's own, and clears it of files that a killed run left half-written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.lock(folder, "written")
-    except OSError as error:
-        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+    run.lock(folder, "written")
     for path in folder.glob(".*.tmp"):
         path.unlink()
 

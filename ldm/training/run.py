@@ -33,7 +33,7 @@ FREE_ON_RESUME = {
 
 
 def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Accelerator, Share, Saved | None]:
-    """Checks the run folder, which is not touched yet, and joins the processes. `can_shard`: whether the script knows
+    """Checks the run folder, of which a fresh run touches nothing yet, and joins the processes. `can_shard`: whether the script knows
     weights that are divided among them (FSDP2).
 
     Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from,
@@ -45,15 +45,20 @@ def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Acc
     """
     folder = Path(config.output_dir)
     tracking.check(config.training)
-    if not resume:
-        check_unused(folder, "add --resume to continue it, or choose another")
-    newest = checkpoint.newest(folder / "checkpoints") if resume else None
-    started = (folder / "config.yaml").is_file() and not any((folder / "checkpoints").glob("step-*"))
-    if resume and newest is None and not started:  # a run that ended before its first checkpoint begins again
-        raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
     if resume:
+        check_begun(folder)
         check_unchanged(config, folder / "config.yaml")
+    else:
+        check_unused(folder, "add --resume to continue it, or choose another")
     accelerator = join_processes(config.training, can_shard)
+    newest = None
+    if resume:
+        if accelerator.is_main_process:
+            lock(folder, "trained")  # before a checkpoint is chosen, which a run that goes on may replace meanwhile
+        accelerator.wait_for_everyone()
+        newest = checkpoint.newest(folder / "checkpoints")
+        if newest is None and any((folder / "checkpoints").glob("step-*")):
+            raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
     share = Share(
         config.training.batch_size,
         config.training.gradient_accumulation_steps,
@@ -123,18 +128,30 @@ def claim(config: RunConfig, accelerator: Accelerator) -> Path:
     folder = Path(config.output_dir)
     accelerator.wait_for_everyone()  # before the folder exists, all have checked it
     if accelerator.is_main_process:
+        lock(folder, "trained")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock(folder, "trained")
             configuration.save(config, folder / "config.yaml")
         except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+            raise cannot_write(folder, error) from None
     return folder
 
 
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"output_dir {folder} cannot be written: {error.strerror}")
+
+
 def lock(folder: Path, doing: str) -> None:
-    """Keeps other processes out of `folder` until this one ends, however it ends: the system lets go of the lock."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """Makes `folder` where there is none, and keeps other processes out of it until this one ends, however it ends:
+    the system lets go of the lock. A process may lock a folder again.
+
+    Raises:
+        UserError: the folder cannot be written, or another process has locked it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -144,6 +161,12 @@ def lock(folder: Path, doing: str) -> None:
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
+
+
+def check_begun(folder: Path) -> None:
+    """Raises UserError unless a run was begun in `folder`; it may have ended before its first checkpoint."""
+    if not (folder / "config.yaml").is_file() and not any((folder / "checkpoints").glob("step-*")):
+        raise UserError(f"--resume: {folder} holds no run to go on with; start without --resume")
 
 
 def check_unchanged(config: RunConfig, stored: Path) -> None:
