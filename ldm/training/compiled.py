@@ -3,16 +3,17 @@
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-BLOCKS = (ResnetBlock2D, BasicTransformerBlock, ResidualAttentionBlock)
-"""Of which the networks of all stages are made."""
+BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, ResidualAttentionBlock)
+"""Of which the networks of all stages are made; one inside another is part of that."""
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Has every block of `model` compiled in place when it is first called; names of weights stay as they are."""
-    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    blocks = outermost(model)
     # One graph for each shape of a block's weights and input, in training and outside; beyond the limit torch stops
     # compiling without a word.
     limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
@@ -20,3 +21,10 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * limit)
     for block in blocks:
         block.compile(dynamic=False)
+
+
+def outermost(module: nn.Module) -> list[nn.Module]:
+    """The blocks of `module` that are in no other block."""
+    if isinstance(module, BLOCKS):
+        return [module]
+    return [block for child in module.children() for block in outermost(child)]

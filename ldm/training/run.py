@@ -33,8 +33,8 @@ FREE_ON_RESUME = {
 
 
 def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Accelerator, Share, Saved | None]:
-    """Checks the run folder, of which a fresh run touches nothing yet, and joins the processes. `can_shard`: whether the script knows
-    weights that are divided among them (FSDP2).
+    """Checks the run folder, of which a fresh run touches nothing yet, and joins the processes. `can_shard`: whether
+    the script knows weights that are divided among them (FSDP2).
 
     Returns Accelerate with the run's precision, this process's share of every batch, and the checkpoint to go on from,
     None to begin.

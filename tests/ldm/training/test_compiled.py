@@ -2,9 +2,10 @@
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ldm.training.compiled import compile_blocks
+from ldm.training.compiled import compile_blocks, outermost
 
 
 def test_blocks_are_compiled_in_place():
@@ -28,3 +29,8 @@ def test_blocks_are_compiled_in_place():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # the block's; the convolution is none
     assert list(model.state_dict()) == names
     torch.testing.assert_close(compiled, eager)
+
+
+def test_a_block_inside_another_is_part_of_it():
+    model = nn.Sequential(nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2)), nn.Conv2d(8, 1, 1))
+    assert outermost(model) == [model[0][0]]
