@@ -5,6 +5,7 @@ Model sections are the keyword arguments of the stock class they build.
 
 import difflib
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from ldm.errors import UserError
@@ -223,6 +224,30 @@ class PriorConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank beside weights that stay as they are: W + α/r · B A (Hu et al. 2021, §4.1)."""
+
+    rank: int = 8
+    alpha: float | None = None
+    """α; None takes the rank, so that B A is added as it is."""
+    dropout: float = 0.0
+    """Of what an adapter reads."""
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Ends of the names of the U-Net's layers that get one."""
+    text_encoder: bool = False
+    """Whether the text encoder gets adapters, too."""
+    text_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj"])
+    """The same of its layers."""
+
+    def __post_init__(self):
+        _require(self.rank > 0, "lora.rank", self.rank, "> 0")
+        _require(self.alpha is None or 0 < self.alpha < inf, "lora.alpha", self.alpha, "> 0 or null")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        for name in ("target_modules", "text_target_modules"):
+            _require(len(getattr(self, name)) > 0, f"lora.{name}", getattr(self, name), "a list of at least one name")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LdmConfig(RunConfig):
     """train_ldm.py: the conditional U-Net in latent space (Rombach et al. 2022; Ramesh et al. 2022, §2.1)."""
 
@@ -282,6 +307,10 @@ class LdmConfig(RunConfig):
     """Whether images in pixel space are grey."""
     class_conditional: bool = False
     """Whether the U-Net in pixel space is told the caption, one of few classes; dropped as `caption_dropout` says."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained instead of the U-Net, on `data`, for the model in `init`: a pipeline's folder or
+    repository. Of its parts, those that `autoencoder`, `clip` and `prior` name come from there; the noise schedule and
+    what is predicted are its own."""
 
     def __post_init__(self):
         _choose("objective", self.objective, ("simple", "vlb", "hybrid"))
@@ -289,7 +318,7 @@ class LdmConfig(RunConfig):
         _choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
         _choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
-        in_pixels, simple = self.autoencoder == "none", self.objective == "simple"
+        in_pixels, simple, lora = self.autoencoder == "none", self.objective == "simple", self.lora is not None
         learned, sampling = self.variance == "learned_range", self.timestep_sampling
         least_dropout = min(self.caption_dropout, self.image_embedding_dropout)
         for holds, name, allowed in (
@@ -309,7 +338,7 @@ class LdmConfig(RunConfig):
              f"false with objective={self.objective}: the bound is not finite there"),
             (not in_pixels or self.validation_cache is None, "validation_cache",
              "null in pixel space, which reads images; set validation_split"),
-            (in_pixels or self.validation_split is None, "validation_split",
+            (in_pixels or lora or self.validation_split is None, "validation_split",
              "null unless autoencoder is none; set validation_cache"),
             (all(0 < length <= 0.28 for length in self.average_lengths), "average_lengths", "each in (0, 0.28]"),
             (self.snapshot_every > 0, "snapshot_every", "> 0"),
@@ -320,8 +349,19 @@ class LdmConfig(RunConfig):
              "false unless model.addition_embed_type is null, whose place in the U-Net it takes"),
             (not in_pixels or not self.sample_prompts, "sample_prompts",
              "empty in pixel space, which is drawn without a prompt"),
-            (not self.sample_prompts or self.prior is not None, "sample_prompts",
+            (not self.sample_prompts or self.prior is not None or lora, "sample_prompts",
              "empty unless prior names a run of train_prior.py"),
+            (not lora or not in_pixels, "lora", "null in pixel space, whose networks no pipeline puts adapters into"),
+            (not lora or self.init != "scratch", "init",
+             "the folder or repository of a pipeline with lora: adapters are trained for a model that there is"),
+            *((not lora or not getattr(self, name), name, f"{empty} with lora, {reason}") for name, empty, reason in (
+                ("cache", "empty", "which reads the images and captions of data"),
+                ("validation_cache", "null", "which reads images; set validation_split"),
+                ("model", "empty", "which trains the model in init"),
+                ("average_lengths", "empty", "whose average is that of training.ema_decay"),
+                ("size_conditioning", "false", "which trains what stock pipelines draw with"),
+                ("zero_terminal_snr", "false", "which keeps the noise schedule of the model in init"),
+            )),
             (0 <= self.caption_dropout < 1, "caption_dropout", "in [0, 1)"),
             (0 <= self.image_embedding_dropout < 1, "image_embedding_dropout", "in [0, 1)"),
             (0 <= self.joint_dropout <= least_dropout, "joint_dropout",

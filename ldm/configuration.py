@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -54,7 +54,7 @@ def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[An
     found = {}
     for item in dataclasses.fields(before):
         name, values = prefix + item.name, (getattr(before, item.name), getattr(after, item.name))
-        if dataclasses.is_dataclass(values[0]):
+        if all(dataclasses.is_dataclass(value) for value in values):
             found |= differences(*values, f"{name}.")
         elif values[0] != values[1]:
             found[name] = values
@@ -73,6 +73,7 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
     names = []
     for item in dataclasses.fields(kind):
         names.append(prefix + item.name)
-        if dataclasses.is_dataclass(item.type):
-            names += _keys(item.type, prefix + item.name + ".")
+        for part in (item.type, *get_args(item.type)):  # a section, or one that may be null
+            if dataclasses.is_dataclass(part):
+                names += _keys(part, prefix + item.name + ".")
     return names

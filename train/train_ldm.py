@@ -8,9 +8,13 @@ Rombach et al. 2022 with the decoder's conditions of Ramesh et al. 2022, §2.1, 
 With `autoencoder=none` (configs/digits/ldm.yaml) it is DDPM in pixel space, without a condition or with the caption as
 a class (Ho et al. 2020; Ho & Salimans 2022). Leaves in `<output_dir>/model` what stock DDPMPipeline and, where the
 variance is not learned, DDIMPipeline open; with classes, their captions in classes.json.
+
+With `lora` (configs/lora.yaml) it trains adapters for a model that there is, on images and captions as they are. Leaves
+`<output_dir>/model/pytorch_lora_weights.safetensors`, which `load_lora_weights` opens.
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +27,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPImageProcessor, CLIPTextConfig
 
 from ldm import configuration
 from ldm.clip import export
@@ -36,7 +41,7 @@ from ldm.diffusion import importance
 from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
-from ldm.diffusion.schedule import alphas_bar, zero_terminal_snr
+from ldm.diffusion.schedule import alphas_bar
 from ldm.diffusion.size_condition import size_condition, unet_arguments
 from ldm.diffusion.variational_bound import (
     bound_term,
@@ -45,13 +50,20 @@ from ldm.diffusion.variational_bound import (
     hybrid_loss,
 )
 from ldm.errors import UserError, exit_code_of
-from ldm.training import averages, checkpoint, failure, memory, optim, precision, run, sharded
+from ldm.training import averages, checkpoint, failure, lora, memory, optim, precision, run, sharded
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
-from ldm.training.task import Task, in_pixel_space, schedule_settings, try_step, validation_losses
+from ldm.training.task import (
+    Task,
+    configured_alpha_bar,
+    in_pixel_space,
+    schedule_settings,
+    try_step,
+    validation_losses,
+)
 from ldm.training.tracking import Tracker
-from pipelines import LatentDiffusionPipeline
+from pipelines import LatentDiffusionPipeline, LatentDiffusionVariationPipeline
 from pipelines.arguments import parse_training_arguments
 
 
@@ -59,22 +71,25 @@ from pipelines.arguments import parse_training_arguments
 def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(LdmConfig, arguments.config, arguments.overrides)
-    accelerator, share, resumed = run.start(config, arguments.resume, can_shard=True)
+    if config.lora is not None:
+        config = lora.with_process_of_base(config)
+    accelerator, share, resumed = run.start(config, arguments.resume, can_shard=config.lora is None)
     training = config.training
 
     # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
     torch.manual_seed(config.seed)
-    in_pixels = config.autoencoder == "none"
-    task = in_pixel_space(config, share) if in_pixels else in_latent_space(config, accelerator.device)
+    if config.lora is not None:
+        task = lora.on_pipeline(config, share, *opened_pipeline(config, accelerator.device))
+    elif config.autoencoder == "none":
+        task = in_pixel_space(config, share)
+    else:
+        task = in_latent_space(config, accelerator.device)
     unet = task.unet.to(memory_format=torch.channels_last)
     run.ready(unet, training, accelerator)
     if training.find_micro_batch:
         share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), resumed)
     optimizer = optim.adamw(unet, training)
-    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
-    if config.zero_terminal_snr:
-        alpha_bar = zero_terminal_snr(alpha_bar)
-    alpha_bar = alpha_bar.to(accelerator.device)
+    alpha_bar = task.alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
 
     model, optimizer = sharded.prepare(
@@ -106,6 +121,7 @@ def main() -> None:
         step, accumulation_step = divmod(number, share.accumulation)
         seed_dropout(config.seed, step, share.rank)
         rate = optim.set_learning_rate(optimizer, step, training)
+        batch = task.encoded(batch)
 
         # Everything random, drawn for the global batch, of which this process takes its part
         draw = generator(config.seed, "ldm", step)
@@ -147,7 +163,7 @@ def main() -> None:
             continue
         done = step + 1
         if guard.is_update:
-            ema.step(unet.parameters())
+            ema.step(optim.trained(unet).values())
             averages.update(power_averages, unet, done)
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
@@ -167,7 +183,7 @@ def main() -> None:
             guard.settle()
             state = guard.state() | share.state() | data_state(accelerator, task.data, batch)
             tensors = {
-                "model": unet.state_dict(),
+                "model": optim.weights(unet),
                 "ema": optim.ema_tensors(ema, unet),
                 "optimizer": optim.optimizer_tensors(optimizer),
             }
@@ -285,7 +301,39 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     def drawn(unet: nn.Module) -> Tensor | None:
         return samples(config, unet, parts, vae_folder, clip_folder) if config.sample_prompts else None
 
-    return Task(data, unet, conditions, drawn, save, validation)
+    return Task(data, unet, configured_alpha_bar(config), conditions, drawn, save, validation)
+
+
+def opened_pipeline(
+    config: LdmConfig, device: torch.device
+) -> tuple[LatentDiffusionPipeline, Callable[[Tensor], Tensor] | None]:
+    """The pipeline in `init`, with the parts that the configuration names from elsewhere; and, where image embeddings
+    guide its U-Net and it can make them, what gives those of images (B, 3, S, S) in [-1, 1]."""
+    parts, tower = {}, {}
+    if config.autoencoder:
+        parts["vae"] = AutoencoderKL.from_pretrained(run.component_folder(config.autoencoder, "autoencoder", "vae"))
+    if config.clip:
+        clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
+        clip = export.load(clip_folder)
+        parts |= {"tokenizer": clip.tokenizer, "text_encoder": export.text_tower(clip.text_encoder)}
+        parts |= {"prior_tokenizer": clip.tokenizer, "prior_text_encoder": clip.text_encoder}
+        processor = CLIPImageProcessor.from_pretrained(clip_folder / "image_processor")
+        tower = {"image_encoder": clip.image_encoder, "feature_extractor": processor}
+    if config.prior:
+        prior_folder = run.component_folder(config.prior, "prior", "prior")
+        parts["prior"] = PriorTransformer.from_pretrained(prior_folder)
+        parts["prior_scheduler"] = DDPMScheduler.from_pretrained(prior_folder.parent / "prior_scheduler")
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipeline = LatentDiffusionPipeline.from_pretrained(config.init, **parts).to(device)
+        reader = LatentDiffusionVariationPipeline.from_pipe(pipeline, **tower).to(device)
+    except UserError as error:
+        raise UserError(f"init {config.init}: {error}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    if pipeline.image_normalizer is None or reader.image_encoder is None:
+        return pipeline, None
+    return pipeline, lambda images: reader.embed_images("images", (images + 1) / 2)
 
 
 def build_unet(

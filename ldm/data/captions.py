@@ -47,6 +47,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         self._is_read = np.zeros(length, bool)
         self._unreadable: set[int] = set()
 
+    buckets = None
+    """All images are of one shape."""
+
     def __len__(self) -> int:
         return self.length
 

@@ -12,6 +12,7 @@ from ldm.config import TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import RunError, UserError
 from ldm.training.checkpoint import Saved
+from ldm.training.optim import trained
 
 COPIES = 4
 """Of the weights, that a run has beside weights, gradients and activations: two moments, the average, DDP's buckets."""
@@ -57,7 +58,7 @@ def fitting_share(
 
     @find_executable_batch_size(starting_batch_size=share.micro_batch_size, reduce_batch_size_fn=lambda: next(sizes, 0))
     def tried(micro_batch_size: int) -> int:
-        _held = [torch.empty_like(weight) for weight in model.parameters() for _ in range(COPIES)]
+        _held = [torch.empty_like(weight) for weight in trained(model).values() for _ in range(COPIES)]
         try:
             trial(micro_batch_size)
         finally:

@@ -15,6 +15,22 @@ from ldm.training import sharded
 from ldm.training.checkpoint import Saved
 
 
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What training changes of a network, by name. All else is neither averaged nor kept in checkpoints."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that training leaves as they are, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a network: its state without what is frozen."""
+    left_out = frozen(model)
+    return {name: value for name, value in model.state_dict().items() if name not in left_out}
+
+
 def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and kernels only: gains, biases and single vectors are not pulled to 0.
 
@@ -23,7 +39,7 @@ def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     Raises:
         UserError: bitsandbytes is wanted and not installed.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(trained(model).values())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -57,13 +73,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
 
 
 def moving_average(model: torch.nn.Module, decay: float) -> EMAModel:
-    """Average of the weights with the warm-up min(decay, (1 + step) / (10 + step))."""
-    return EMAModel(model.parameters(), decay=decay, foreach=True)
+    """Average of the trained weights with the warm-up min(decay, (1 + step) / (10 + step))."""
+    return EMAModel(trained(model).values(), decay=decay, foreach=True)
 
 
 def ema_tensors(ema: EMAModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Averaged weights by parameter name."""
-    return dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
+    return dict(zip(trained(model), ema.shadow_params, strict=True))
 
 
 def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Tensor], step: int) -> None:
@@ -120,7 +136,7 @@ def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torc
             f"--resume {saved.path}: DeepSpeed keeps the state of its optimiser to itself, so that its runs cannot go "
             "on where they stopped; train with configs/accelerate/fsdp2.yaml"
         )
-    model.load_state_dict(saved.read("model", model.state_dict().get))
+    model.load_state_dict(frozen(model) | saved.read("model", model.state_dict().get))
     load_ema(ema, model, saved.read("ema", ema_tensors(ema, model).get), saved.step)
     load_optimizer(optimizer, tensors)
 
@@ -128,12 +144,12 @@ def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torc
 @contextmanager
 def averaged(ema: EMAModel, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Inside, `model` has the averaged weights. Gives a network with them that the main process can call alone."""
-    weights, averages = sharded.local(model.parameters()), sharded.local(ema.shadow_params)
-    kept = [weight.cpu().clone() for weight in weights]
-    torch._foreach_copy_(weights, averages)
+    now, averages = sharded.local(trained(model).values()), sharded.local(ema.shadow_params)
+    kept = [weight.cpu().clone() for weight in now]
+    torch._foreach_copy_(now, averages)
     model.eval()
     try:
         yield sharded.whole(model)
     finally:
-        torch._foreach_copy_(weights, kept)
+        torch._foreach_copy_(now, kept)
         model.train()

@@ -109,8 +109,9 @@ def _check_number(wanted: int | None, actual: int) -> None:
 
 
 def ready(model: nn.Module, training: TrainingConfig, accelerator: Accelerator) -> None:
-    """Makes a network ready for the run's precision; where so configured, its blocks are compiled and its activations
-    computed twice. Raises UserError where it cannot do that."""
+    """Makes a network ready to be trained in the run's precision; where so configured, its blocks are compiled and its
+    activations computed twice. Raises UserError where it cannot do that."""
+    model.train()  # networks that were opened are in evaluation mode
     precision.prepare(model, accelerator.mixed_precision, accelerator.device)
     if training.gradient_checkpointing:
         memory.checkpoint_gradients(model)

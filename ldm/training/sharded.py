@@ -32,8 +32,8 @@ def check(can_shard: bool, on_cpu: bool) -> None:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if (_wants_fsdp() or _wants_deepspeed()) and several and not can_shard:
         raise UserError(
-            "FSDP and DeepSpeed are for train_ldm.py; the networks of the other stages fit on every GPU: launch them "
-            "with configs/accelerate/eight_gpus.yaml"
+            "FSDP and DeepSpeed are for the U-Net of train_ldm.py; its adapters (lora) and the networks of the other "
+            "stages fit on every GPU: launch them with configs/accelerate/eight_gpus.yaml"
         )
     if _wants_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version 1: only FSDP2 is known here; launch with configs/accelerate/fsdp2.yaml")

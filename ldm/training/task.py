@@ -1,4 +1,5 @@
-"""What training the U-Net in latent and in pixel space have in common, and the whole of the latter."""
+"""What training the U-Net in latent and in pixel space and training adapters have in common, and the whole of the
+second."""
 
 import json
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from ldm import configuration
 from ldm.config import LdmConfig
 from ldm.data.batches import open_data
-from ldm.data.captions import open_images
+from ldm.data.captions import CaptionedImages, as_is, open_images
 from ldm.data.latents import CachedLatents
 from ldm.data.order import Share, in_order
 from ldm.data.pixels import Pixels
+from ldm.data.stream import CaptionedStream
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import squared_error
 from ldm.diffusion.process import prediction_target, q_sample
+from ldm.diffusion.schedule import alphas_bar, zero_terminal_snr
 from ldm.errors import UserError
 from ldm.training import run
 from ldm.training.randomness import generator
@@ -33,17 +36,21 @@ VALIDATION_TIMESTEPS = 10
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between latent and pixel space."""
+    """What differs between them."""
 
-    data: CachedLatents | Pixels
+    data: CachedLatents | Pixels | CaptionedImages | CaptionedStream
     unet: nn.Module
+    alpha_bar: Tensor
+    """ᾱ (T,) in float64."""
     conditions: Callable[[dict[str, Tensor], torch.Generator, Share, slice], dict[str, Tensor]]
     """(batch, generator, share, part) -> further arguments of the U-Net for this process's part of the batch."""
     samples: Callable[[nn.Module], Tensor | None]
     """The U-Net -> images (N, 3, S, S) in [-1, 1] of the same noise at every call, or None."""
     save: Callable[[nn.Module, Path], None]
-    validation: CachedLatents | Pixels | None
+    validation: CachedLatents | Pixels | CaptionedImages | None
     """Images that are not trained on."""
+    encoded: Callable[[dict[str, Any]], dict[str, Any]] = as_is
+    """A batch of `data` -> with latents, where it has none."""
 
 
 @torch.no_grad()
@@ -56,7 +63,8 @@ def validation_losses(
     device, size = alpha_bar.device, config.training.batch_size
     errors: list[list[Tensor]] = [[] for _ in range(VALIDATION_TIMESTEPS)]
     for indices in in_order(min(VALIDATION_IMAGES, len(task.validation)), size, task.validation.buckets):
-        batch, share = task.validation.__getitems__([(0, index) for index in indices]), Share(len(indices))
+        batch = task.encoded(task.validation.__getitems__([(0, index) for index in indices]))
+        share = Share(len(indices))
         draw = generator(config.seed, "validation", indices[0])
         conditions = task.conditions(batch, draw, share, share.slice(0))
         z_0 = batch["latent_mean"].to(device)
@@ -77,12 +85,19 @@ def try_step(accelerator: Accelerator, task: Task, micro_batch_size: int) -> Non
     if task.data.buckets is not None:  # the images of the most numbers
         largest = max(range(len(task.data.buckets)), key=lambda bucket: prod(task.data.latent_shapes[bucket]))
         indices = task.data.buckets[largest].tolist()
-    batch = task.data.__getitems__([(0, indices[number % len(indices)]) for number in range(micro_batch_size)])
+    places = [(0, indices[number % len(indices)]) for number in range(micro_batch_size)]
+    batch = task.encoded(task.data.__getitems__(places))
     conditions = task.conditions(batch, draw, share, share.slice(0))
     z_t = batch["latent_mean"].to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.autocast():
         output = task.unet(z_t, torch.zeros(len(z_t), device=z_t.device), **conditions).sample
     output.float().square().mean().backward()
+
+
+def configured_alpha_bar(config: LdmConfig) -> Tensor:
+    """ᾱ (T,) in float64 of the process that the configuration names."""
+    alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
+    return zero_terminal_snr(alpha_bar) if config.zero_terminal_snr else alpha_bar
 
 
 def schedule_settings(config: LdmConfig) -> dict[str, Any]:
@@ -153,4 +168,4 @@ def in_pixel_space(config: LdmConfig, share: Share) -> Task:
         if data.classes:
             (folder / "classes.json").write_text(json.dumps(data.classes, indent=2))
 
-    return Task(data, unet, conditions, drawn, save, validation)
+    return Task(data, unet, configured_alpha_bar(config), conditions, drawn, save, validation)
