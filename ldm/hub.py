@@ -18,6 +18,8 @@ from ldm.files import write_text
 from ldm.patience import bounded
 
 INDEX = "model_index.json"
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""As Diffusers' `save_lora_weights` calls them."""
 NOT_OPENED = ("safety_checker",)
 """Of the layouts of others: what no pipeline of ours reads, and a download leaves out."""
 BESIDE = ("README.md", "LICENSE", "grid.png", "training/*.yaml")
@@ -52,7 +54,44 @@ def resolve(name: str | Path, revision: str | None = None, variant: str | None =
         raise UserError(f"model '{name}' is a file; give the folder that holds {INDEX}")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
         raise UserError(f"model folder '{name}' does not exist; give a folder that holds {INDEX}, or owner/repository")
-    return _download(str(name), revision, variant, options)
+    return _download("model", str(name), revision, _patterns(variant), options)
+
+
+def resolve_adapters(
+    name: str | Path, revision: str | None = None, weight_name: str | None = None, **options: Any
+) -> Path:
+    """The file of adapters (LoRA), whole and finite: `name` itself, or of a folder, a run's, or a repository of the Hub
+    the one called `weight_name`, ADAPTERS or else the only one. Raises as `resolve` does, and for pickles."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
+            raise UserError(f"adapters '{name}' do not exist; give a file, a folder that holds {ADAPTERS}, or "
+                            "owner/repository")  # fmt: skip
+        patterns = ([weight_name or "*.safetensors"], [] if weight_name else ["*/*"])
+        path = _download("adapters", str(name), revision, patterns, options)
+    elif revision is not None:
+        raise UserError(f"revision {revision!r} belongs to a repository, but '{name}' is on this machine; leave it out")
+    if path.is_dir():
+        path = _file_of_adapters(path / "model" if (path / "model" / ADAPTERS).is_file() else path, weight_name)
+    if path.suffix != ".safetensors":
+        raise UserError(f"adapters '{path}': only safetensors are opened, no pickles; convert it")
+    tensors = weights.read_header(path, needs_format=False)
+    if not tensors:
+        raise UserError(f"adapters '{path}' hold no weights; save them again")
+    weights.check_finite(path.name, tensors)
+    return path
+
+
+def _file_of_adapters(folder: Path, weight_name: str | None) -> Path:
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if weight_name is None and ADAPTERS not in names and len(names) > 1:
+        raise UserError(f"adapters '{folder}' are several: {', '.join(names)}; name one with weight_name")
+    path = folder / (weight_name or (ADAPTERS if ADAPTERS in names or not names else names[0]))
+    if not path.is_file():
+        if not names and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+            raise UserError(f"adapters '{folder}': only a pickle ({pickles[0]}) is there; convert it to safetensors")
+        raise UserError(f"adapters missing: expected {path}")
+    return path
 
 
 def commit_of(folder: Path) -> str | None:
@@ -60,7 +99,10 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
-def _download(name: str, revision: str | None, variant: str | None, options: dict[str, Any]) -> Path:
+def _download(
+    what: str, name: str, revision: str | None, patterns: tuple[list[str], list[str]], options: dict[str, Any]
+) -> Path:
+    """The files of a repository that match the first patterns and not the second; `what` they are, for errors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -71,7 +113,7 @@ def _download(name: str, revision: str | None, variant: str | None, options: dic
     )
     from huggingface_hub.utils import disable_progress_bars
 
-    allowed, ignored = _patterns(variant)
+    allowed, ignored = patterns
     files = {"allow_patterns": allowed, "ignore_patterns": ignored}
     commit, refusal = _commit(name, revision, options)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt of a download that fails is a warning
@@ -112,7 +154,7 @@ def _download(name: str, revision: str | None, variant: str | None, options: dic
     else:
         print(f"note: '{name}' is of commit {commit_of(folder)}", file=sys.stderr)
         return folder
-    raise UserError(f"model '{name}' {reason}")
+    raise UserError(f"{what} '{name}' {reason}")
 
 
 def _commit(name: str, revision: str | None, options: dict[str, Any]) -> tuple[str | None, Exception | None]:

@@ -56,6 +56,13 @@ def check_scale(name: str, value: object) -> float:
     return float(value)
 
 
+def check_number(name: str, value: object) -> float:
+    """A finite number. Raises `UserError` otherwise."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} is {value!r}; it must be a finite number, e.g. 0.8")
+    return float(value)
+
+
 def check_share(name: str, value: object) -> float:
     """A number in 0..1. Raises `UserError` otherwise."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:

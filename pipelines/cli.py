@@ -18,7 +18,7 @@ from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components
-from pipelines.checks import check_count, check_prompt, check_scale, check_share
+from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
 KNOWS = "knows.json"
@@ -38,6 +38,8 @@ def console() -> None:
     if sys.argv[1:2] == ["generate"]:
         # transformers and diffusers import these wherever they are installed, a second or more; drawing needs none
         sys.modules.update(dict.fromkeys(("scipy", "sklearn", "bitsandbytes")))
+        if not any(argument.partition("=")[0] == "--lora" for argument in sys.argv):
+            sys.modules["peft"] = None
     main()
 
 
@@ -68,6 +70,8 @@ def _parser() -> ArgumentParser:
     drawing.add_argument("--num-inference-steps", metavar="N", type=int, help="default: the model's own")
     drawing.add_argument("--guidance-scale", metavar="G", type=float, help="1: none; default: the model's own")
     drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to move away from")
+    drawing.add_argument("--lora", metavar="PATH|REPO", help="adapters: of a run with lora, a file, or a repository")
+    drawing.add_argument("--lora-scale", metavar="S", type=float, help="0: none of them; default: 1")
     drawing.add_argument("--image", metavar="FILE", help="a picture to start from, cropped to the model's size")
     drawing.add_argument(
         "--strength", metavar="S", type=float, help="0: the picture again, 1: none of it; default: 0.8"
@@ -127,7 +131,13 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.negative_prompt is not None:
         check_prompt("--negative-prompt", arguments.negative_prompt, may_be_empty=True)
     _check_start(arguments)
+    if arguments.lora_scale is not None:
+        if arguments.lora is None:
+            raise UserError("--lora-scale belongs to adapters; give --lora PATH|REPO, too")
+        check_number("--lora-scale", arguments.lora_scale)
     outputs = _picture_paths(Path(arguments.output).expanduser(), arguments.num_images)
+    if arguments.lora is not None:
+        arguments.lora = hub.resolve_adapters(arguments.lora)
     folder = hub.resolve(arguments.model, arguments.revision)
     for component in hub.check_components(folder).values():
         hub.check_finite(component)
@@ -143,6 +153,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
     pipe, given = _open(folder), {}
+    if arguments.lora is not None:
+        pipe.load_lora_weights(arguments.lora)
+        pipe.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
     if arguments.image is not None:
         pipe, given = _start_from(pipe, arguments)
     for start in range(0, len(outputs), IMAGES_AT_ONCE):

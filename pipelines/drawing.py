@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, scale_in_interval
 from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
+from pipelines.adapters import TakesAdapters
 from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase, check_steps, given_or
 from pipelines.checks import check_count, check_interval, check_pair, check_scale, check_shape, check_share
 
@@ -51,7 +52,7 @@ class Condition:
         return len(self.prompt_embeds) // 2 if self.guided else len(self.prompt_embeds)
 
 
-class LatentDiffusionDrawing(LatentDiffusionBase):
+class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
     """What every pipeline has that draws with the U-Net."""
 
     _callback_tensor_inputs = ["latents", "prompt_embeds", "image_embeds"]  # noqa: RUF012 (read by DiffusionPipeline)
@@ -160,9 +161,10 @@ class LatentDiffusionDrawing(LatentDiffusionBase):
             raise UserError(f"cross_attention_kwargs is a {type(cross_attention_kwargs).__name__}; give a dictionary")
         guided = self._guidance_scale > 1
         device = self._execution_device
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
-        )
+        with self._text_encoder_scaled(cross_attention_kwargs):
+            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
+            )
         batch, _, width = prompt_embeds.shape  # B·n
         if isinstance(read := self.unet.config.cross_attention_dim, int) and width != read:
             raise UserError(f"prompt_embeds are {width} wide; this U-Net reads tokens of width {read}")

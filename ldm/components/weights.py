@@ -73,9 +73,10 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path, needs_format: bool = True) -> dict[str, Stored]:
     """Name -> tensor of one file. Raises `UserError` unless the file is whole: as long as its header says, every tensor
-    where the one before ends."""
+    where the one before ends; and its metadata, where there are any, say that it is torch's. `needs_format`: they must
+    say so, which not all that write adapters do."""
     name, size = f"{path.parent.name}/{path.name}", path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
@@ -83,7 +84,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise _damaged(name, f"its header promises {8 + length} bytes, the file has {size}")
         header = file.read(length) if length <= LONGEST_HEADER else b""
     try:
-        tensors = _parse(path, header)
+        tensors = _parse(path, header, needs_format)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged(name, "its header cannot be read") from None
     expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
@@ -96,12 +97,12 @@ def _damaged(name: str, what: str) -> UserError:
     return UserError(f"{name} is damaged: {what}. Download it again.")
 
 
-def _parse(path: Path, header: bytes) -> dict[str, Stored]:
+def _parse(path: Path, header: bytes, needs_format: bool) -> dict[str, Stored]:
     """Raises ValueError, KeyError, TypeError or AttributeError for what is no header."""
     tensors, start = {}, 8 + len(header)
     for name, entry in json.loads(header.decode("utf-8")).items():
         if name == "__metadata__":
-            if entry.get("format") != "pt":
+            if entry.get("format", None if needs_format else "pt") != "pt":
                 raise ValueError(name)
             continue
         begin, end = entry["data_offsets"]

@@ -26,7 +26,6 @@ from ldm.errors import UserError
 from ldm.training import randomness
 from ldm.training.task import Task
 
-FILE = "pytorch_lora_weights.safetensors"
 PROCESS = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """Of a scheduler's configuration, what Diffusers takes where it does not say."""
 
@@ -96,7 +95,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, option: str) -> None:
 
 
 def save_adapters(network: AdaptedUNet, config: LoraConfig, folder: Path) -> None:
-    """Writes FILE, with the rank and α by which pipelines scale what they add."""
+    """Writes hub.ADAPTERS, with the rank and α by which pipelines scale what they add."""
     parts = {}
     for name, option in (("unet", "target_modules"), ("text_encoder", "text_target_modules")):
         model = getattr(network, name)
@@ -113,7 +112,7 @@ def save_adapters(network: AdaptedUNet, config: LoraConfig, folder: Path) -> Non
             "target_modules": sorted(getattr(config, option)),
         }
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **parts)
-    files.make_readable(folder / FILE)
+    files.make_readable(folder / hub.ADAPTERS)
 
 
 def on_pipeline(
