@@ -121,7 +121,12 @@ def check_adapters(subject: str, state: dict[str, Tensor], models: dict[str, nn.
             raise UserError(f"{subject}: '{key}' is not finite, which draws nothing; download or train it again")
         parts[component][rest] = tensor
     for component, tensors in parts.items():
-        stored = _in_pefts_names(component, tensors, models[component])
+        if not tensors:
+            continue
+        try:
+            stored = _in_pefts_names(component, tensors, models[component])
+        except ValueError:
+            raise UserError(f"{subject}: '{next(iter(tensors))}' is a name of no known kind of adapters") from None
         for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in stored):
             expected = _expected(models[component], layer, stored)
             found = {key: tuple(tensor.shape) for key, tensor in stored.items() if key.startswith(f"{layer}.lora_")}
@@ -140,7 +145,7 @@ def _in_pefts_names(component: str, tensors: dict[str, Tensor], model: nn.Module
         return (
             tensors if hasattr(model, "text_model") else {k.removeprefix("text_model."): v for k, v in tensors.items()}
         )
-    return tensors if "lora_A" in next(iter(tensors), "lora_A") else convert_unet_state_dict_to_peft(tensors)
+    return tensors if "lora_A" in next(iter(tensors)) else convert_unet_state_dict_to_peft(tensors)
 
 
 def _expected(model: nn.Module, layer: str, stored: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -158,7 +158,7 @@ def main() -> None:
         if not accelerator.sync_gradients:
             continue
         if guard.is_update:
-            ema.step(autoencoder.parameters())
+            optim.update_average(ema, autoencoder)
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
@@ -185,7 +185,7 @@ def main() -> None:
 
     # Export: averaged weights
     if accelerator.is_main_process:
-        ema.copy_to(autoencoder.parameters())
+        ema.copy_to(optim.trained(autoencoder).values())
         autoencoder.eval()
         if test_data is not None and config.kind != "kl":
             tracker.log(

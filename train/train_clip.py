@@ -130,7 +130,7 @@ def main() -> None:
         optimizer.zero_grad()
         clamp_temperature(clip)
         if guard.is_update:
-            ema.step(model.parameters())
+            optim.update_average(ema, model)
         tracker.collect(clip_loss=clip_loss)
 
         done = step + 1
@@ -176,7 +176,7 @@ def main() -> None:
 
     # Export: averaged weights as transformers' towers
     if accelerator.is_main_process:
-        ema.copy_to(model.parameters())
+        ema.copy_to(optim.trained(model).values())
         export.save(clip, tokenizer, folder / "model")
         tracker.say(f"wrote {folder / 'model'}")
     tracker.close()

@@ -30,6 +30,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextConfig
+from transformers.utils import logging as transformers_logging
 
 from ldm import configuration
 from ldm.clip import export
@@ -163,7 +164,7 @@ def main() -> None:
             continue
         done = step + 1
         if guard.is_update:
-            ema.step(optim.trained(unet).values())
+            optim.update_average(ema, unet)
             averages.update(power_averages, unet, done)
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
@@ -323,8 +324,9 @@ def opened_pipeline(
         prior_folder = run.component_folder(config.prior, "prior", "prior")
         parts["prior"] = PriorTransformer.from_pretrained(prior_folder)
         parts["prior_scheduler"] = DDPMScheduler.from_pretrained(prior_folder.parent / "prior_scheduler")
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         pipeline = LatentDiffusionPipeline.from_pretrained(config.init, **parts).to(device)
         reader = LatentDiffusionVariationPipeline.from_pipe(pipeline, **tower).to(device)

@@ -132,7 +132,7 @@ def main() -> None:
         if not accelerator.sync_gradients:
             continue
         if guard.is_update:
-            ema.step(prior.parameters())
+            optim.update_average(ema, prior)
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
         if done % training.sample_every == 0 or done == training.max_steps:
@@ -155,7 +155,7 @@ def main() -> None:
 
     # Export: averaged weights
     if accelerator.is_main_process:
-        ema.copy_to(prior.parameters())
+        ema.copy_to(optim.trained(prior).values())
         prior.save_pretrained(folder / "model" / "prior")
         scheduler.save_pretrained(folder / "model" / "prior_scheduler")
         tracker.say(f"wrote {folder / 'model'}")

@@ -37,7 +37,9 @@ def with_process_of_base(config: LdmConfig) -> LdmConfig:
         UserError: there is no such folder or repository, or it predicts something else than what is configured.
     """
     try:
-        stored = PROCESS | read_json(hub.resolve(config.init) / "scheduler" / "scheduler_config.json")
+        folder = hub.resolve(config.init)
+        read_json(folder / hub.INDEX)  # else it is no pipeline's
+        stored = PROCESS | read_json(folder / "scheduler" / "scheduler_config.json")
     except UserError as error:
         raise UserError(f"init {config.init}: {error}") from None
     for name in PROCESS:
@@ -65,7 +67,8 @@ class AdaptedUNet(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
         if self.text_encoder is not None:
-            self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            newer = getattr(self.text_encoder, "activation_checkpointing_enable", None)
+            (newer or self.text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, option: str) -> None:

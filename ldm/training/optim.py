@@ -77,6 +77,11 @@ def moving_average(model: torch.nn.Module, decay: float) -> EMAModel:
     return EMAModel(trained(model).values(), decay=decay, foreach=True)
 
 
+def update_average(ema: EMAModel, model: torch.nn.Module) -> None:
+    """After a step."""
+    ema.step(trained(model).values())
+
+
 def ema_tensors(ema: EMAModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Averaged weights by parameter name."""
     return dict(zip(trained(model), ema.shadow_params, strict=True))
