@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+from diffusers.utils.constants import USE_PEFT_BACKEND
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
@@ -46,6 +47,8 @@ class TakesAdapters(StableDiffusionLoraLoaderMixin):
         arguments are the Hub's `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, and stock's.
         Raises `UserError` for what cannot be used, before the pipeline is changed.
         """
+        if not USE_PEFT_BACKEND:
+            raise UserError("adapters need PEFT: pip install peft")
         source, options = pretrained_model_name_or_path_or_dict, {"adapter_name": adapter_name, **kwargs}
         if not options.pop("use_safetensors", True):
             raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
