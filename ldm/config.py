@@ -238,8 +238,12 @@ class LoraConfig:
     """Whether the text encoder gets adapters, too."""
     text_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj"])
     """The same of its layers."""
+    image_embeddings: str = "image"
+    """Of U-Nets that these guide: `image`, each picture's own, as they were trained; or `prior`, what the prior makes
+    of its caption, as drawing does, so that adapters teach what the prior does not know. That takes longer."""
 
     def __post_init__(self):
+        _choose("lora.image_embeddings", self.image_embeddings, ("image", "prior"))
         _require(self.rank > 0, "lora.rank", self.rank, "> 0")
         _require(self.alpha is None or 0 < self.alpha < inf, "lora.alpha", self.alpha, "> 0 or null")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")

@@ -333,7 +333,7 @@ def opened_pipeline(
     except UserError as error:
         raise UserError(f"init {config.init}: {error}") from None
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.image_normalizer is None or reader.image_encoder is None:
+    if reader.image_encoder is None:
         return pipeline, None
     return pipeline, lambda images: reader.embed_images("images", (images + 1) / 2)
 

@@ -130,6 +130,7 @@ def on_pipeline(
     """
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     check_trainable(config, pipe, embed_images is not None)
+    settings, is_guided = config.lora, unet.config.class_embed_type is not None
     data = open_data(config.data, config.seed, share.num_processes)
     validation = None
     if config.validation_split is not None:
@@ -138,21 +139,34 @@ def on_pipeline(
     for part in (vae, text_encoder):
         part.requires_grad_(False)
     torch.manual_seed(randomness.key(config.seed, "adapters"))
-    add_adapters(unet, config.lora, "target_modules")
-    if config.lora.text_encoder:
-        add_adapters(text_encoder, config.lora, "text_target_modules")
-    if embed_images is not None:
+    add_adapters(unet, settings, "target_modules")
+    if settings.text_encoder:
+        add_adapters(text_encoder, settings, "text_target_modules")
+    if is_guided:
         normalizer = pipe.image_normalizer
         embedding_dim = normalizer.config.embedding_dim
         embedding_alpha_bar = pipe.image_noising_scheduler.alphas_cumprod.double().to(pipe.device)
 
     @torch.no_grad()
     def encoded(batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of images with their scaled latents and, where the U-Net is told them, embeddings."""
+        """A batch of images with their scaled latents."""
         images = batch["images"].to(vae.device, memory_format=torch.channels_last)
         posterior, factor = vae.encode(images).latent_dist, vae.config.scaling_factor
-        encoded = {**batch, "latent_mean": posterior.mean * factor, "latent_std": posterior.std * factor}
-        return encoded if embed_images is None else encoded | {"image_embeds": embed_images(batch["images"])}
+        return {**batch, "latent_mean": posterior.mean * factor, "latent_std": posterior.std * factor}
+
+    @torch.no_grad()
+    def embeddings(batch: dict[str, Any], draw: torch.Generator, share: Share, part: slice) -> Tensor:
+        """CLIP embeddings (B, D) of the images, or the prior's samples for their captions."""
+        if settings.image_embeddings == "image":
+            return embed_images(batch["images"])
+        seeds = torch.randint(2**62, (share.batch_size,), generator=draw)[part].tolist()
+        return pipe.sample_image_embeds(
+            batch["captions"],
+            num_inference_steps=pipe.default_settings["prior_num_inference_steps"],
+            guidance_scale=pipe.default_settings["prior_guidance_scale"],
+            num_samples=1,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
 
     def conditions(batch: dict[str, Any], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
         """Captions, as tokens or what the text encoder says of them, and noised image embeddings; a dropped caption is
@@ -162,16 +176,17 @@ def on_pipeline(
         no_caption, no_image = (mask[part] for mask in dropped(draws[1], *shares))
         captions = ["" if gone else text for text, gone in zip(batch["captions"], no_caption, strict=True)]
         told = {"input_ids": encode(tokenizer, captions)[0].to(pipe.device)}
-        if not config.lora.text_encoder:
+        if not settings.text_encoder:
             with torch.no_grad():
                 told = {"encoder_hidden_states": text_encoder(told["input_ids"])[0]}
-        if embed_images is None:
+        if not is_guided:
             return told
         embedding_noise = torch.randn(share.batch_size, embedding_dim, generator=draw)
         level = timesteps(draws[0], config.max_noise_level + 1, "uniform")
         noise, level, no_image = (values.to(pipe.device) for values in (embedding_noise[part], level[part], no_image))
         mean, std = normalizer.mean[0].detach(), normalizer.std[0].detach()
-        condition = noised_embedding(batch["image_embeds"], mean, std, level, embedding_alpha_bar, noise)
+        embeds = embeddings(batch, draw, share, part)
+        condition = noised_embedding(embeds, mean, std, level, embedding_alpha_bar, noise)
         return told | {"class_labels": condition.masked_fill(no_image[:, None], 0.0)}
 
     def drawn(_network: nn.Module) -> Tensor | None:
@@ -189,17 +204,17 @@ def on_pipeline(
 
     return Task(
         data=data,
-        unet=AdaptedUNet(unet, text_encoder if config.lora.text_encoder else None),
+        unet=AdaptedUNet(unet, text_encoder if settings.text_encoder else None),
         alpha_bar=pipe.scheduler.alphas_cumprod.double(),
         conditions=conditions,
         samples=drawn,
-        save=lambda network, folder: save_adapters(network, config.lora, folder),
+        save=lambda network, folder: save_adapters(network, settings, folder),
         validation=validation,
         encoded=encoded,
     )
 
 
-def check_trainable(config: LdmConfig, pipe: DiffusionPipeline, has_embeddings: bool) -> None:
+def check_trainable(config: LdmConfig, pipe: DiffusionPipeline, reads_images: bool) -> None:
     """Raises UserError unless the pipeline's U-Net draws from what this run can tell it, at the size of the images."""
     unet, latents = pipe.unet.config, pipe.vae.config.latent_channels
     if {unet.in_channels, unet.out_channels} != {latents}:
@@ -209,11 +224,15 @@ def check_trainable(config: LdmConfig, pipe: DiffusionPipeline, has_embeddings: 
         )
     if unet.addition_embed_type not in (None, "text") or unet.class_embed_type not in (None, "projection"):
         raise UserError(f"init {config.init}: its U-Net is told more than captions and image embeddings; take another")
-    if (unet.class_embed_type is not None or pipe.image_normalizer is not None) and not has_embeddings:
-        raise UserError(
-            f"init {config.init}: image embeddings guide its U-Net, and it has no image_encoder to make them; name the "
-            "run or folder that has one with clip=…"
-        )
+    if unet.class_embed_type is not None:
+        from_images = config.lora.image_embeddings == "image"
+        if pipe.image_normalizer is None or (not from_images and pipe.prior is None):
+            raise UserError(f"init {config.init}: image embeddings guide its U-Net, and it has no prior to make them")
+        if from_images and not reads_images:
+            raise UserError(
+                f"init {config.init}: image embeddings guide its U-Net, and it has no image_encoder to make them; name "
+                "the run or folder that has one with clip=…, or set lora.image_embeddings=prior"
+            )
     step = pipe.vae_scale_factor * 2 ** (len(unet.block_out_channels) - 1)
     if config.data.image_size % step:
         least = max(step, config.data.image_size // step * step)

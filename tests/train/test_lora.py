@@ -232,6 +232,7 @@ def test_two_processes_train_what_one_does(base, run_script, logged, tmp_path):
         ("lora.rank=0", "lora.rank must be > 0, got 0"),
         ("lora.alpha=nan", "lora.alpha must be > 0 or null, got nan"),
         ("lora.dropout=1", "lora.dropout must be in [0, 1), got 1"),
+        ("lora.image_embeddings=none", "lora.image_embeddings must be one of image, prior, got 'none'"),
         ("lora.rnak=4", "unknown key 'lora.rnak'; did you mean 'lora.rank'?"),
         ("lora.target_modules=[to_w]", "lora.target_modules 'to_w': no layer of UNet2DConditionModel is called so"),
         ("lora.text_encoder=true lora.text_target_modules=[to_q]", "'to_q': no layer of CLIPTextModel is called so"),
@@ -256,10 +257,18 @@ def test_adapters_are_for_the_last_stage(runs, arguments_of, fails, base, tmp_pa
     assert "model_index.json' is missing" in fails("ldm", arguments(runs / "prior" / "model", tmp_path / "run"))
 
 
-def test_a_model_that_lacks_the_image_tower(base, fails, tmp_path):
+def test_a_model_that_lacks_the_image_tower(base, fails, run_script, tmp_path):
+    """What the prior makes of captions can take its part, the same in every division of a batch."""
     without = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("image_encoder"))
     line = fails("ldm", arguments(without, tmp_path / "run"))
     assert "image embeddings guide its U-Net, and it has no image_encoder" in line and "clip=" in line
+    further = ["lora.image_embeddings=prior", "training.max_steps=1", "sample_prompts=[]"]
+    losses = []
+    for name, accumulation in (("whole", 1), ("halves", 2)):
+        divided = f"training.gradient_accumulation_steps={accumulation}"
+        assert run_script("ldm", arguments(without, tmp_path / name, *further, divided)) == 0
+        losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_adapters_are_not_divided(base, fails, tmp_path, monkeypatch):

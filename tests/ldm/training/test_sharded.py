@@ -9,8 +9,13 @@ from ldm.training import sharded
 @pytest.mark.parametrize(
     ("environment", "can_shard", "on_cpu", "words"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}, False, True, "for train_ldm.py"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, False, False, "for train_ldm.py"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"},
+            False,
+            True,
+            "for the U-Net of train_ldm.py",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, False, False, "for the U-Net of train_ldm.py"),
         ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, True, True, "fsdp_version 1: only FSDP2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, True, "on accelerators only"),
     ],
