@@ -8,6 +8,7 @@ tests/test_end_to_end.py holds it to its bar.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,24 +36,38 @@ STAGES = {
 
 
 def train(folder: Path) -> float:
-    """Runs the five scripts and `ldm assemble`, each as its own process; seconds that took."""
+    """Runs the five scripts and `ldm assemble`, each as its own process; seconds that took. CLIP and the autoencoder,
+    which read nothing of each other, train side by side, each with half of the threads."""
     begin = time.perf_counter()
-    for stage, (script, reads) in STAGES.items():
-        config = ROOT / "configs" / "shapes" / f"{stage}.yaml"
-        overrides = [f"output_dir={folder / stage}", *(f"{name}={folder / name}" for name in reads)]
-        run([ROOT / "train" / f"{script}.py", "--config", config, *overrides])
+    threads = max(1, torch.get_num_threads() // 2)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    first = {stage: subprocess.Popen(command(folder, stage), env=environment) for stage in ("clip", "autoencoder")}
+    codes = {stage: process.wait() for stage, process in first.items()}
+    for stage, code in codes.items():
+        if code:
+            raise RunError(f"{stage} ended with exit code {code}")
+    print(f"clip and autoencoder: done after {time.perf_counter() - begin:.0f} s", flush=True)
+    for stage in ("cache", "prior", "ldm"):
+        run(command(folder, stage))
         print(f"{stage}: done after {time.perf_counter() - begin:.0f} s", flush=True)
     runs = {"clip": "clip", "autoencoder": "autoencoder", "prior": "prior", "unet": "ldm"}
     options = [text for option, stage in runs.items() for text in (f"--{option}", folder / stage)]
-    run(["-m", "pipelines.cli", "assemble", *options, "--output", folder / "model"])
+    run([sys.executable, "-m", "pipelines.cli", "assemble", *options, "--output", folder / "model"])
     seconds = time.perf_counter() - begin
     print(f"all: {seconds:.0f} s on {torch.get_num_threads()} threads")
     return seconds
 
 
-def run(arguments: list) -> None:
-    if code := subprocess.run([sys.executable, *map(str, arguments)]).returncode:
-        raise RunError(f"{Path(arguments[0]).name} ended with exit code {code}")
+def command(folder: Path, stage: str) -> list[str | Path]:
+    script, reads = STAGES[stage]
+    config = ROOT / "configs" / "shapes" / f"{stage}.yaml"
+    overrides = [f"output_dir={folder / stage}", *(f"{name}={folder / name}" for name in reads)]
+    return [sys.executable, ROOT / "train" / f"{script}.py", "--config", config, *overrides]
+
+
+def run(arguments: list[str | Path]) -> None:
+    if code := subprocess.run(arguments).returncode:
+        raise RunError(f"{' '.join(map(str, arguments[:3]))} … ended with exit code {code}")
 
 
 def held_out_captions() -> list[str]:

@@ -24,11 +24,17 @@ ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"
 def whole(runs, arguments_of, run_script, tmp_path_factory):
     """Sixty steps that nobody disturbs."""
     output = tmp_path_factory.mktemp("interruption") / "whole"
+    assert run_script("prior", arguments_of("prior", runs, output, *STEPS)) == 0
+    return output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes have that are started here: with another number of threads, other sums are rounded."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert run_script("prior", arguments_of("prior", runs, output, *STEPS)) == 0
+    yield
     torch.set_num_threads(threads)
-    return output
 
 
 def start(folder, arguments, launcher=()):
@@ -66,8 +72,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(whole, runs, arguments_of, run_
     step = int(re.search(words, (tmp_path / "said").read_text())[1])
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}").is_dir()
     assert not (tmp_path / "run" / "model").exists()
-    resumed = start(tmp_path, [*arguments, "--resume"])
-    assert resumed.wait(timeout=120) == 0
+    assert run_script("prior", [*arguments, "--resume"]) == 0
     assert_same_weights(whole, tmp_path / "run")
 
 
@@ -83,13 +88,23 @@ def test_a_signal_ends_every_process_of_a_group(runs, arguments_of, tmp_path):
     assert max(steps) == last
 
 
-def test_a_killed_run_resumes_to_the_same_weights(whole, runs, arguments_of, tmp_path):
+def test_a_run_keeps_its_folder_until_it_is_killed_and_resumes_to_the_same_weights(
+    whole, runs, arguments_of, run_script, fails, tmp_path
+):
     arguments = arguments_of("prior", runs, tmp_path / "run", *STEPS)
     process = start(tmp_path, arguments)
-    wait_for_step(tmp_path / "run", 20, process)
-    process.kill()
-    process.wait()
-    assert start(tmp_path, [*arguments, "--resume"]).wait(timeout=120) == 0
+    try:
+        wait_for_step(tmp_path / "run", 8, process)
+        process.send_signal(signal.SIGSTOP)
+        line = fails("prior", [*arguments, "--resume"])
+        assert f"is being trained by process {process.pid}; wait for it to end, or choose another" in line
+        process.send_signal(signal.SIGCONT)
+        wait_for_step(tmp_path / "run", 20, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "run" / ".lock").read_text() == str(process.pid)  # a stale lock, which holds nobody up
+    assert run_script("prior", [*arguments, "--resume"]) == 0
     assert_same_weights(whole, tmp_path / "run")
 
 
@@ -100,20 +115,6 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, runs, a
     assert run_script("prior", arguments_of("prior", runs, tmp_path / "run", *STEPS, "--resume")) == 0
     metrics = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, tmp_path / "run")]
     assert [json.loads(line)["step"] for line in metrics[0]] == [json.loads(line)["step"] for line in metrics[1]]
-
-
-def test_one_run_a_folder(runs, arguments_of, fails, tmp_path):
-    arguments = arguments_of("prior", runs, tmp_path / "run", "training.max_steps=5000")
-    process = start(tmp_path, arguments)
-    try:
-        wait_for_step(tmp_path / "run", 4, process)
-        line = fails("prior", [*arguments, "--resume"])
-        assert f"is being trained by process {process.pid}; wait for it to end, or choose another" in line
-    finally:
-        process.kill()
-        process.wait()
-    kept = (tmp_path / "run" / ".lock").read_text()
-    assert kept == str(process.pid)  # a stale lock, which holds nobody up: the next test and the kill test resume
 
 
 def test_a_resumed_run_is_the_run_it_was(whole, runs, arguments_of, run_script, fails, tmp_path):
