@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 from ldm.errors import UserError
 from ldm.training import sharded
 from ldm.training.checkpoint import Saved
-from ldm.training.optim import ema_tensors, load_ema
+from ldm.training.optim import ema_tensors, load_ema, trained, update_average
 
 LONGEST = 0.28  # σ_rel of γ = 0, a plain mean, is 1 / √12
 NAME = re.compile(r"step-(\d+)-(\d\.\d{3})\.safetensors")
@@ -65,14 +65,14 @@ def combination(steps: Sequence[int], lengths: Sequence[float], step: int, lengt
 
 def power_averages(model: torch.nn.Module, lengths: Sequence[float]) -> dict[str, EMAModel]:
     """An average for each length, by the name under which checkpoints and snapshots keep it."""
-    return {f"average-{length:.3f}": EMAModel(model.parameters(), foreach=True) for length in lengths}
+    return {f"average-{length:.3f}": EMAModel(trained(model).values()) for length in lengths}
 
 
 def update(averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> None:
     """After step `step` (1 is the first)."""
     for name, average in averages.items():
         average.decay = average.min_decay = decay(step, gamma_of(float(name.removeprefix("average-"))))
-        average.step(model.parameters())
+        update_average(average, model)
 
 
 def restore(saved: Saved, averages: dict[str, EMAModel], model: torch.nn.Module) -> None:

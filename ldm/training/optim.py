@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from diffusers.training_utils import EMAModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm.config import TrainingConfig
 from ldm.errors import UserError
@@ -74,12 +75,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
 
 def moving_average(model: torch.nn.Module, decay: float) -> EMAModel:
     """Average of the trained weights with the warm-up min(decay, (1 + step) / (10 + step))."""
-    return EMAModel(trained(model).values(), decay=decay, foreach=True)
+    return EMAModel(trained(model).values(), decay=decay)
 
 
+@torch.no_grad()
 def update_average(ema: EMAModel, model: torch.nn.Module) -> None:
-    """After a step."""
-    ema.step(trained(model).values())
+    """After a step: what EMAModel.step does, but in place, where that makes a copy of all weights first."""
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    update = get_ema_multi_avg_fn(ema.cur_decay_value)
+    update(sharded.local(ema.shadow_params), sharded.local(trained(model).values()), None)
 
 
 def ema_tensors(ema: EMAModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:

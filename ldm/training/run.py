@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
 from torch import nn
 
 from ldm import configuration, hub
@@ -85,6 +85,7 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
         mixed_precision=sharded.mixed_precision(precision.resolve(training.precision)),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         fsdp_plugin=sharded.plugin(),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients are not held twice
     )
     sharded.divide_on_cpu(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -31,7 +31,7 @@ class Run:
         self.layer, self.accelerator = torch.nn.Linear(3, 1), accelerator
         optimizer = optim.adamw(self.layer, TrainingConfig(learning_rate=0.1))
         self.model, self.optimizer = accelerator.prepare(self.layer, optimizer)
-        self.ema = EMAModel(self.layer.parameters(), foreach=True)
+        self.ema = EMAModel(self.layer.parameters())
         self.guard = failure.Guard(accelerator, self.optimizer, folder, resumed)
 
     def step(self, number, factor=1.0, constant=0.0):

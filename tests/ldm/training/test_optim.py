@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from ldm.config import TrainingConfig
 from ldm.errors import UserError
@@ -29,7 +30,7 @@ def step_once(model, optimizer, ema, step):
     model(x).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    ema.step(model.parameters())
+    optim.update_average(ema, model)
 
 
 def new():
@@ -59,6 +60,16 @@ def test_restored_state_goes_on_bit_for_bit():
         assert torch.equal(a, b)
     for a, b in zip(ema.shadow_params, other_ema.shadow_params, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_average_is_diffusers_own():
+    model, optimizer, ema = new()
+    theirs = EMAModel(model.parameters(), decay=0.9)
+    for step in range(12):  # past the warm-up of the decay
+        step_once(model, optimizer, ema, step)
+        theirs.step(model.parameters())
+    assert ema.cur_decay_value == theirs.cur_decay_value and ema.optimization_step == 12
+    torch.testing.assert_close(ema.shadow_params, theirs.shadow_params, rtol=1e-6, atol=1e-7)
 
 
 def test_vectors_are_not_decayed():
