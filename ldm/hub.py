@@ -37,6 +37,10 @@ class Component(NamedTuple):
     tensors: dict[str, weights.Stored]
     """Empty for what has no weights: tokenizers, schedulers, processors."""
 
+    def is_of(self, variant: str) -> bool:
+        """Whether its weights are those of a variant, `<stem>.<variant>…safetensors`."""
+        return any(f".{variant}" in tensor.file.name for tensor in self.tensors.values())
+
 
 def resolve(name: str | Path, revision: str | None = None, variant: str | None = None, **options: Any) -> Path:
     """A local folder as it is, anything else as a repository of the Hub, of which only safetensors and JSON are taken.
@@ -185,6 +189,7 @@ def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
     for stem in STEMS:
         for kind in (f".{variant}", "") if variant else ("",):
             allowed += [f"*/{stem}{kind}.safetensors", f"*/{stem}{kind}-*-of-*.safetensors"]
+            allowed += [f"*/{stem}-*-of-*{kind}.safetensors"]  # as Diffusers named them before 0.32
     return allowed, [f"{name}/*" for name in NOT_OPENED]
 
 
@@ -204,6 +209,11 @@ def check_components(folder: Path, leave_out: Collection[str] = (), variant: str
         if name not in CLASSES:
             raise UserError(f"'{name}' must be one of {', '.join(CLASSES)}, got a component of class {entry[1]}")
         found[name] = _check(folder / name, configs.check_class(name, entry), variant)
+    if variant is not None and not any(component.is_of(variant) for component in found.values()):
+        raise UserError(
+            f"You are trying to load the model files of the `variant={variant}`, but '{folder}' holds none; leave it "
+            "out"
+        )
     fit.check_fit({name: component.config for name, component in found.items()})
     for tokenizer, tower in (("tokenizer", "text_encoder"), ("prior_tokenizer", "prior_text_encoder")):
         if tokenizer in found and tower in found:
@@ -213,7 +223,7 @@ def check_components(folder: Path, leave_out: Collection[str] = (), variant: str
     return found
 
 
-def check_component(folder: Path, classes: tuple[str, ...] | None = None) -> Component:
+def check_component(folder: Path, classes: tuple[str, ...] | None = None, variant: str | None = None) -> Component:
     """The component in `folder`, whole. `classes`: those that it may be of, where not those that its name tells.
 
     Raises `UserError` at the first fault.
@@ -221,7 +231,7 @@ def check_component(folder: Path, classes: tuple[str, ...] | None = None) -> Com
     classes = classes or CLASSES[folder.name]
     if not folder.is_dir():
         raise configs.missing(folder.name, folder)
-    return _check(folder, configs.written_class(folder, classes), None)
+    return _check(folder, configs.written_class(folder, classes), variant)
 
 
 def _check(folder: Path, class_name: str, variant: str | None) -> Component:

@@ -1,10 +1,8 @@
-"""The components of a text-to-image model: their folder, their settings, the reading of text, and the prior."""
+"""The components of a text-to-image model, the reading of text, and the prior."""
 
 import inspect
-import json
 import warnings
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -12,7 +10,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
@@ -21,27 +18,27 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from ldm import hub
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import UserError
 from pipelines.checks import check_count, check_prompt, check_scale, check_shape, check_size
+from pipelines.folder import DEFAULT_SETTINGS, PRIOR_COMPONENTS, LatentDiffusionFolder
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-DEFAULT_SETTINGS = {
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
-    "noise_level": 0,
-    "prior_num_inference_steps": 25,
-    "prior_guidance_scale": 4.0,
-    "num_prior_samples": 2,
-    "guidance_rescale": 0.0,
-    "guidance_interval": (0.0, 1.0),
-}
+
+class PriorPrompt(NamedTuple):
+    """What the prior reads of B captions: first, B times, of "", then of the captions."""
+
+    embeds: Tensor
+    """(2B, D), projected."""
+    tokens: Tensor
+    """(2B, L, D_t)"""
+    mask: Tensor
+    """(2B, L), true for tokens that are text."""
 
 
-class LatentDiffusionBase(DiffusionPipeline):
+class LatentDiffusionBase(LatentDiffusionFolder):
     """What every pipeline of this package has, whatever it draws from. The arguments are the components of
     `StableUnCLIPPipeline`; the last six, those that make and noise the image embedding, may all be None.
 
@@ -49,22 +46,9 @@ class LatentDiffusionBase(DiffusionPipeline):
     write them alone.
     """
 
-    commit: str | None = None
-    """Of the repository that it was opened from; None where that was a folder."""
-    folder: Path | None = None
-    """On this machine, that it was opened from."""
-
-    model_cpu_offload_seq = "prior_text_encoder->text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->prior_text_encoder->unet->vae"
     _exclude_from_cpu_offload = ["prior", "image_normalizer"]  # noqa: RUF012 (read by DiffusionPipeline as it stands)
-    _prior_components = (
-        "prior_tokenizer",
-        "prior_text_encoder",
-        "prior",
-        "prior_scheduler",
-        "image_normalizer",
-        "image_noising_scheduler",
-    )
-    _optional_components = [*_prior_components]  # noqa: RUF012
+    _optional_components = [*PRIOR_COMPONENTS]  # noqa: RUF012
 
     def __init__(
         self,
@@ -97,105 +81,6 @@ class LatentDiffusionBase(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    # ---- opening and saving ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def default(cls) -> Self:
-        """The bundled model, without a download."""
-        return cls.from_pretrained(Path(__file__).parent / "default")
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> Self:
-        """Opens a folder, or a repository of the Hub at `revision`, after a check that it is whole.
-
-        Computes in float32 whatever the files hold, unless `dtype` says otherwise. Further keyword arguments are
-        `DiffusionPipeline.from_pretrained`'s, but none that would run a model's own code or open a pickle. Raises
-        `UserError` for a name or a folder that cannot be used, `RunError` where a download broke off.
-        """
-        if unwanted := sorted({"custom_pipeline", "trust_remote_code"} & set(kwargs)):
-            raise UserError(f"{unwanted[0]} is not taken: no code comes with a model")
-        if not kwargs.get("use_safetensors", True):
-            raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
-        variant = kwargs.get("variant")
-        options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
-        folder = hub.resolve(name, revision, variant, **options)
-        components = hub.check_components(folder, leave_out=kwargs, variant=variant)
-        index = hub.read_json(folder / cls.config_name)
-        for component in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
-            if component not in kwargs and component not in components:
-                raise UserError(
-                    f"'{folder}' is a {index.get('_class_name')} without '{component}'; "
-                    "give a folder in the layout of StableUnCLIPPipeline or StableDiffusionPipeline"
-                )
-        for component in components.values():
-            hub.check_finite(component)
-            hub.check_shapes(component)
-        if "torch_dtype" not in kwargs:  # the older name of dtype
-            kwargs.setdefault("dtype", torch.float32)
-        pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
-        pipeline.commit, pipeline.folder = hub.commit_of(folder), folder
-        if "_default_settings" in index:
-            pipeline.default_settings = index["_default_settings"]
-        return pipeline
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """A pipeline of this kind with the components of another one, which stay in the precision that they are in."""
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)  # Diffusers would convert what the other one uses to float32
-        own = super().from_pipe(pipeline, **kwargs)
-        own.commit, own.folder = getattr(pipeline, "commit", None), getattr(pipeline, "folder", None)
-        return own
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json` under the name of the stock pipeline whose layout this is, which opens it."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text(encoding="utf-8"))
-        index.pop("_name_or_path", None)  # a path of this machine
-        if self.prior is not None:
-            index["_class_name"] = "StableUnCLIPPipeline"
-        else:
-            index = {key: value for key, value in index.items() if key not in self._prior_components}
-            absent = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
-            index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **absent}
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        variant: str | None = None,
-        sample_prompts: list[str] | None = None,
-    ) -> str:
-        """Uploads the pipeline to the Hub in one commit, whose address it returns, and makes the repository if need be.
-
-        The README of the folder that it was opened from is kept; where there is none, one is written from what the
-        folder holds (`pipelines/card.py`). `sample_prompts`: drawn into its grid of samples. Raises `UserError` where
-        the Hub refuses the name or the login, and `RunError` where the upload broke off.
-        """
-        from pipelines.publish import publish
-
-        return publish(self, self.folder, repo_id, private, commit_message, token, create_pr, variant, sample_prompts)
-
-    # ---- settings ----------------------------------------------------------------------------------------------------
-
-    @property
-    def default_settings(self) -> dict[str, int | float | tuple[float, float]]:
-        """What `__call__` takes where it is given nothing: this model's own settings over the general ones."""
-        return DEFAULT_SETTINGS | self.config.get("_default_settings", {})
-
-    @default_settings.setter
-    def default_settings(self, settings: dict[str, int | float | tuple[float, float]]) -> None:
-        """Saved with the model, under a key that stock Diffusers passes over."""
-        if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
-            raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
-        self.register_to_config(_default_settings=dict(settings))
-
     # ---- reading text ------------------------------------------------------------------------------------------------
 
     def encode_prompt(
@@ -207,11 +92,32 @@ class LatentDiffusionBase(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, PriorPrompt]:
         """Captions and negative captions as tokens, each (B·n, L, D_t); the latter None where there is no guidance.
 
-        Either may be given as tokens (B, L, D_t) instead of text. One negative prompt serves all prompts.
+        Either may be given as tokens (B, L, D_t) instead of text. One negative prompt serves all prompts. Where there
+        is a prior's text tower, what it reads of the captions comes third. `__call__` takes each by its name.
         """
+        prompt_embeds, negative_prompt_embeds = self._encode_prompt(
+            prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
+            negative_prompt_embeds,
+        )  # fmt: skip
+        if self.prior_text_encoder is not None and prompt is not None:
+            prior_prompt_embeds = self._read_for_prior(check_prompt("prompt", prompt), device)
+            return prompt_embeds, negative_prompt_embeds, prior_prompt_embeds
+        return prompt_embeds, negative_prompt_embeds
+
+    def _encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net reads."""
         if (prompt is None) == (prompt_embeds is None):
             raise UserError("give either prompt or prompt_embeds, and not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -245,18 +151,22 @@ class LatentDiffusionBase(DiffusionPipeline):
         warn_of_cut(name, self.tokenizer, texts)
         return self.text_encoder(_tokenize(self.tokenizer, texts).input_ids.to(device))[0]
 
-    def _read_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Texts -> projected embedding (B, D), last hidden states (B, L, D_t), and which tokens are text (B, L)."""
         inputs = _tokenize(self.prior_tokenizer, texts)
         output = self.prior_text_encoder(inputs.input_ids.to(device))
         return output.text_embeds, output.last_hidden_state, inputs.attention_mask.bool().to(device)
+
+    def _read_for_prior(self, texts: list[str], device: torch.device) -> PriorPrompt:
+        parts = (self._embed_for_prior(read, device) for read in ([""] * len(texts), texts))
+        return PriorPrompt(*(torch.cat(both) for both in zip(*parts, strict=True)))
 
     # ---- the prior ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_image_embeds(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = DEFAULT_SETTINGS["prior_num_inference_steps"],
         guidance_scale: float = DEFAULT_SETTINGS["prior_guidance_scale"],
@@ -264,11 +174,22 @@ class LatentDiffusionBase(DiffusionPipeline):
         generator: Generators = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
+        prompt_embeds: PriorPrompt | None = None,
     ) -> Tensor:
-        """The prior: B captions -> (B·n, D) CLIP image embeddings, each the best of `num_samples` samples."""
-        if prompt is None:
-            raise UserError("prompt_embeds alone cannot guide the prior; give image_embeds too, or a prompt")
-        prompts = check_prompt("prompt", prompt)
+        """The prior: B captions -> (B·n, D) CLIP image embeddings, each the best of `num_samples` samples.
+
+        prompt_embeds: in place of the captions, what `encode_prompt` gives last.
+        """
+        device = self._execution_device
+        if prompt is not None and prompt_embeds is not None:
+            raise UserError("give either prompt or prior_prompt_embeds, and not both")
+        if prompt_embeds is None:
+            if prompt is None:
+                raise UserError(
+                    "prompt_embeds alone cannot guide the prior; "
+                    "give image_embeds too, or prior_prompt_embeds, or a prompt instead"
+                )
+            prompt_embeds = self._read_for_prior(check_prompt("prompt", prompt), device)
         check_steps("prior_num_inference_steps", num_inference_steps, self.prior_scheduler)
         check_scale("prior_guidance_scale", guidance_scale)
         check_count("num_prior_samples", num_samples)
@@ -279,17 +200,15 @@ class LatentDiffusionBase(DiffusionPipeline):
                 stacklevel=2,
             )
         guided = guidance_scale > 1
-        device = self._execution_device
 
-        # 1. Caption -> e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L), and those of ""
-        texts = [prompts, [""] * len(prompts)] if guided else [prompts]
-        embeds, tokens, masks = zip(*(self._read_for_prior(text, device) for text in texts), strict=True)
+        # 1. e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L); those of "" before them
         embeds, tokens, masks = (
-            torch.cat([part.repeat_interleave(num_images_per_prompt, dim=0) for part in reversed(parts)])
-            for parts in (embeds, tokens, masks)
+            part.repeat_interleave(num_images_per_prompt, dim=0) for part in self._check_prior_prompt(prompt_embeds)
         )
-        batch = len(prompts) * num_images_per_prompt
-        text_embeds = embeds[-batch:]
+        batch = len(embeds) // 2
+        text_embeds = embeds[batch:]
+        if not guided:
+            embeds, tokens, masks = (part[batch:] for part in (embeds, tokens, masks))
 
         # 2. Noise -> e_i, num_samples times
         shape = (batch, self.prior.config.embedding_dim)
@@ -318,6 +237,20 @@ class LatentDiffusionBase(DiffusionPipeline):
 
         # 3. The one closest to the text
         return best_of(torch.stack(samples, dim=1), text_embeds)
+
+    def _check_prior_prompt(self, prompt: PriorPrompt) -> PriorPrompt:
+        """Where it is computed. Raises `UserError` unless it is of the prior's sizes."""
+        prior, device = self.prior.config, self._execution_device
+        if not isinstance(prompt, tuple) or len(prompt) != 3 or not all(isinstance(part, Tensor) for part in prompt):
+            raise UserError(
+                f"prior_prompt_embeds is a {type(prompt).__name__}; give what encode_prompt gives last, three tensors"
+            )
+        rows, width = max(2, len(prompt[0]) // 2 * 2), prior.embedding_dim
+        tokens = (rows, prior.num_embeddings, width)
+        shapes = ((rows, prior.embedding_proj_dim or width), tokens, tokens[:2])
+        for name, part, shape in zip(PriorPrompt._fields, prompt, shapes, strict=True):
+            check_shape(f"prior_prompt_embeds.{name}", part, shape)
+        return PriorPrompt(*(part.to(device, self.prior.dtype) for part in prompt[:2]), prompt[2].to(device))
 
     def noise_image_embeds(self, image_embeds: Tensor, noise_level: int, generator: Generators = None) -> Tensor:
         """(B, D) image embeddings -> (B, 2D): noised in normalised coordinates, and the embedded noise level."""

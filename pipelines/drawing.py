@@ -14,8 +14,9 @@ from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, s
 from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
 from pipelines.adapters import TakesAdapters
-from pipelines.base import DEFAULT_SETTINGS, Generators, LatentDiffusionBase, check_steps, given_or
+from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_steps, given_or
 from pipelines.checks import check_count, check_interval, check_pair, check_scale, check_shape, check_share
+from pipelines.folder import DEFAULT_SETTINGS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[..., dict[str, Tensor]]
@@ -80,6 +81,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         num_prior_samples: int | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         prior_latents: Tensor | None = None,
     ) -> Settings:
         """What is given, over `default_settings`. Raises `UserError` for values that cannot be used."""
@@ -92,6 +94,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
                 "num_inference_steps": given_or(prior_num_inference_steps, defaults["prior_num_inference_steps"]),
                 "guidance_scale": given_or(prior_guidance_scale, defaults["prior_guidance_scale"]),
                 "num_samples": given_or(num_prior_samples, defaults["num_prior_samples"]),
+                "prompt_embeds": prior_prompt_embeds,
                 "latents": prior_latents,
                 "eta": eta,
             },
@@ -162,7 +165,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         guided = self._guidance_scale > 1
         device = self._execution_device
         with self._text_encoder_scaled(cross_attention_kwargs):
-            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt_embeds, negative_prompt_embeds = self._encode_prompt(
                 prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
             )
         batch, _, width = prompt_embeds.shape  # B·n
@@ -174,6 +177,8 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
             image_embeds = self.sample_image_embeds(
                 prompt, num_images_per_prompt, generator=generator, **settings.prior
             )
+            if len(image_embeds) != batch:
+                raise UserError(f"prior_prompt_embeds are of {len(image_embeds)} images, prompt_embeds of {batch}")
         if self.image_normalizer is not None and image_embeds is not None:
             check_shape("image_embeds", image_embeds, (batch, self.image_normalizer.config.embedding_dim))
             image_embeds = self.noise_image_embeds(
@@ -300,14 +305,10 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         if isinstance(generator, list):
             pixels = pixels.repeat_interleave(batch // len(pixels), dim=0)
-            latents = torch.cat(
-                [
-                    self.vae.encode(one[None]).latent_dist.sample(source)
-                    for one, source in zip(pixels, generator, strict=True)
-                ]
-            )
+            sources = zip(pixels, generator, strict=True)
+            latents = torch.cat([_sample(self.vae.encode(one[None]), source) for one, source in sources])
         else:
-            latents = self.vae.encode(pixels).latent_dist.sample(generator)
+            latents = _sample(self.vae.encode(pixels), generator)
             latents = latents.repeat_interleave(batch // len(pixels), dim=0)
         return latents * self.vae.config.scaling_factor
 
@@ -329,6 +330,11 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         image = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+def _sample(encoded: Any, generator: torch.Generator | None) -> Tensor:
+    """Latents of an encoder's output: autoencoders other than `AutoencoderKL` may have no distribution."""
+    return encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def check_generator(generator: object, batch: int | None = None) -> None:

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ldm.errors import UserError
-from pipelines.base import Generators, step_options
+from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_share, known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing, timesteps_of_strength
 from pipelines.pictures import Pictures, read_pictures, size_of, size_to_draw
@@ -50,6 +50,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         num_prior_samples: int | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -65,7 +66,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         """
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
-            prior_num_inference_steps, prior_guidance_scale, num_prior_samples,
+            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
         )  # fmt: skip
         check_share("strength", strength)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)

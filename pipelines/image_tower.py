@@ -38,7 +38,7 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
     `LatentDiffusionBase` and CLIP's image tower, which is opened and saved with them, though `model_index.json` does
     not name it: stock pipelines pass over its folders."""
 
-    model_cpu_offload_seq = "image_encoder->prior_text_encoder->text_encoder->unet->vae"
+    model_cpu_offload_seq = "image_encoder->text_encoder->prior_text_encoder->unet->vae"
     _optional_components = [*LatentDiffusionDrawing._optional_components, ENCODER, "feature_extractor"]  # noqa: RUF012
 
     def __init__(
@@ -67,9 +67,12 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> Self:
         """As `LatentDiffusionBase.from_pretrained`, with the image tower where the folder has one."""
         options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
-        folder = hub.resolve(name, revision, kwargs.get("variant"), **options)
+        variant = kwargs.get("variant")
+        folder = hub.resolve(name, revision, variant, **options)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
-        return super().from_pretrained(folder, **_image_tower(folder, dtype) | kwargs)
+        if isinstance(dtype, dict):
+            dtype = dtype.get(ENCODER, dtype.get("default", torch.float32))
+        return super().from_pretrained(folder, **_image_tower(folder, dtype, variant) | kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
@@ -127,18 +130,21 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
         return self._read("prompt", [""], self._execution_device).expand(count, -1, -1)
 
 
-def _image_tower(folder: Path, dtype: torch.dtype) -> dict:
+def _image_tower(folder: Path, dtype: torch.dtype, variant: str | None = None) -> dict:
     """The image tower of a folder, as components; {} where it has none."""
     processor = next((folder / name for name in PROCESSORS if (folder / name).is_dir()), None)
     if processor is None or not (folder / ENCODER).is_dir():
         return {}
-    encoder = hub.check_component(folder / ENCODER, (CLIPVisionModelWithProjection.__name__,))
+    encoder = hub.check_component(folder / ENCODER, (CLIPVisionModelWithProjection.__name__,), variant)
     hub.check_finite(encoder)
     hub.check_shapes(encoder)
     hub.check_component(processor, (CLIPImageProcessor.__name__,))
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    variant = variant if variant and encoder.is_of(variant) else None
     return {
-        ENCODER: CLIPVisionModelWithProjection.from_pretrained(folder / ENCODER, dtype=dtype, use_safetensors=True),
+        ENCODER: CLIPVisionModelWithProjection.from_pretrained(
+            folder / ENCODER, dtype=dtype, use_safetensors=True, variant=variant
+        ),
         "feature_extractor": CLIPImageProcessor.from_pretrained(processor),
     }
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ldm.errors import UserError
-from pipelines.base import Generators, step_options
+from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_share, known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing, timesteps_of_strength
 from pipelines.image_to_image import check_pictures_of
@@ -56,6 +56,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         num_prior_samples: int | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         composite: bool = True,
@@ -75,7 +76,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
         """
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
-            prior_num_inference_steps, prior_guidance_scale, num_prior_samples,
+            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
         )  # fmt: skip
         check_share("strength", strength)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.diffusion.interpolation import slerp
 from ldm.errors import UserError
-from pipelines.base import Generators, step_options
+from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_count, check_prompt, known_arguments
 from pipelines.drawing import Callback, Condition, check_generator
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
@@ -54,6 +54,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         num_prior_samples: int | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -68,7 +69,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
         """
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
-            prior_num_inference_steps, prior_guidance_scale, num_prior_samples,
+            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
         )  # fmt: skip
         check_count("num_frames", num_frames, smallest=2)
         check_generator(generator, 2)

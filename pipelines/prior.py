@@ -6,7 +6,7 @@ from diffusers.pipelines.kandinsky.pipeline_kandinsky_prior import KandinskyPrio
 from torch import Tensor
 
 from ldm.errors import RunError, UserError
-from pipelines.base import Generators, LatentDiffusionBase, given_or, warn_of_cut
+from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, given_or, warn_of_cut
 from pipelines.checks import check_count, check_prompt, check_share, known_arguments
 from pipelines.drawing import check_generator
 
@@ -28,6 +28,7 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
     ) -> KandinskyPriorPipelineOutput | tuple[Tensor | np.ndarray, Tensor | np.ndarray]:
@@ -39,6 +40,7 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
         num_inference_steps, guidance_scale, num_samples: `prior_num_inference_steps`, `prior_guidance_scale`,
             `num_prior_samples` of `default_settings` if None; see `LatentDiffusionPipeline`.
         latents: (B·n, D), standard normal, in place of drawn ones.
+        prior_prompt_embeds: in place of `prompt`, what `encode_prompt` gives last.
         output_type: `pt` or `np`.
 
         Raises `UserError` for input that cannot be used and `RunError` if the result is not finite.
@@ -48,12 +50,14 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
         defaults = self.default_settings
-        prompts = check_prompt("prompt", prompt)
-        batch = len(prompts) * check_count("num_images_per_prompt", num_images_per_prompt)
-        check_generator(generator, batch)
-        warn_of_cut("prompt", self.prior_tokenizer, prompts)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        if prior_prompt_embeds is None:
+            prompt = check_prompt("prompt", prompt)
+            warn_of_cut("prompt", self.prior_tokenizer, prompt)
+            check_generator(generator, len(prompt) * num_images_per_prompt)
+        check_generator(generator)
         image_embeds = self.sample_image_embeds(
-            prompts,
+            prompt,
             num_images_per_prompt,
             given_or(num_inference_steps, defaults["prior_num_inference_steps"]),
             given_or(guidance_scale, defaults["prior_guidance_scale"]),
@@ -61,6 +65,7 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
             generator,
             latents,
             check_share("eta", eta),
+            prior_prompt_embeds,
         )
         if not torch.isfinite(image_embeds).all():
             raise RunError("the prior's samples are not finite: the weights are damaged, or guidance_scale is too high")

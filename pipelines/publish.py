@@ -1,14 +1,15 @@
 """A pipeline's folder put on the Hub, with a card."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ldm.components.configs import read_json
 from ldm.errors import RunError, UserError
-from ldm.files import make_readable
+from ldm.hub import INDEX
 from pipelines.card import GRID, REPORT, TRAINING, model_card
 
 if TYPE_CHECKING:
@@ -21,48 +22,62 @@ SAMPLE_PROMPTS = 16  # at most, in the grid
 
 
 def publish(
-    pipe: "DiffusionPipeline",
-    source: Path | None,
-    repository: str,
-    private: bool | None,
-    commit_message: str | None,
-    token: str | bool | None,
-    create_pr: bool,
-    variant: str | None,
-    sample_prompts: list[str] | None,
+    pipe: "DiffusionPipeline", source: Path | None, repository: str, variant: str | None = None, **options
 ) -> str:
     """Uploads the pipeline and what lies beside its components in `source`; the commit's address on the Hub.
 
-    A card is written where `source` has none, and a grid drawn of `sample_prompts` where they are given. Raises
-    `UserError` where the Hub refuses the name or the login, `RunError` where the upload broke off; a repository's
-    commit is whole or is not made.
+    `options`: `publish_folder`'s.
+    """
+    with TemporaryDirectory() as name:
+        write = lambda: pipe.save_pretrained(name, variant=variant)  # noqa: E731 (after the Hub has agreed)
+        return publish_folder(pipe, Path(name), source, repository, write, **options)
+
+
+def publish_folder(
+    pipe: "DiffusionPipeline",
+    folder: Path,
+    source: Path | None,
+    repository: str,
+    write: Callable[[], None] | None = None,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    sample_prompts: list[str] | None = None,
+) -> str:
+    """Uploads the pipeline that was saved in `folder`, or that `write` saves there; the commit's address on the Hub.
+
+    What lies beside its components in `source`, where it was opened from, goes with it; a card is written where there
+    is none, and a grid drawn of `sample_prompts` where they are given. Raises `UserError` where the Hub refuses the
+    name or the login, `RunError` where the upload broke off; a repository's commit is whole or is not made.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with _telling(repository):  # before anything is drawn or written
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        pipe.save_pretrained(folder, variant=variant)
-        for file in folder.rglob("*.safetensors"):
-            make_readable(file)
-        for kept in BESIDE if source is not None else ():
-            if (source / kept).is_dir() and not (folder / kept).exists():
-                shutil.copytree(source / kept, folder / kept)
-            elif (source / kept).is_file():
-                shutil.copyfile(source / kept, folder / kept)
-        if sample_prompts:
-            _draw_grid(pipe, sample_prompts, folder / GRID)
-        if not (folder / CARD).is_file():
-            (folder / CARD).write_text(model_card(folder, repository), encoding="utf-8")
-        with _telling(repository):
-            return api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                commit_message=commit_message or "Upload the model",
-                create_pr=create_pr,
-            ).commit_url
+    if write is not None:
+        write()
+    for kept in BESIDE if source is not None else ():
+        if (source / kept).is_dir() and not (folder / kept).exists():
+            shutil.copytree(source / kept, folder / kept)
+        elif (source / kept).is_file() and not (folder / kept).exists():
+            shutil.copyfile(source / kept, folder / kept)
+    if sample_prompts:
+        _draw_grid(pipe, sample_prompts, folder / GRID)
+    if not (folder / CARD).is_file():
+        (folder / CARD).write_text(model_card(folder, repository), encoding="utf-8")
+    components = [name for name, entry in read_json(folder / INDEX).items() if isinstance(entry, list)]
+    with _telling(repository):
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=commit_message or "Upload the model",
+            create_pr=create_pr,
+            allow_patterns=[INDEX, *BESIDE, *(f"{name}/*" for name in (*components, *BESIDE))],
+            ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.py"],
+        ).commit_url
 
 
 def _draw_grid(pipe: "DiffusionPipeline", prompts: list[str], path: Path) -> None:

@@ -25,6 +25,8 @@ from pipelines.pictures import Pictures
 class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
     """Draws an image ever more as a text says. The components are those of `LatentDiffusionFromImages`."""
 
+    model_cpu_offload_seq = "image_encoder->prior_text_encoder->text_encoder->unet->vae"
+
     @known_arguments
     @torch.no_grad()
     def __call__(
@@ -110,7 +112,7 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
             raise UserError(f"prompt and base_prompt hold {len(texts)} texts; give one each")
         warn_of_cut("prompt", self.prior_tokenizer, texts[:1])
         warn_of_cut("base_prompt", self.prior_tokenizer, texts[1:])
-        text_embeds, base_text_embeds = self._read_for_prior(texts, self._execution_device)[0]
+        text_embeds, base_text_embeds = self._embed_for_prior(texts, self._execution_device)[0]
         try:
             return text_diff_direction(text_embeds, base_text_embeds)
         except ValueError as error:

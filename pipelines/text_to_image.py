@@ -15,7 +15,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from pipelines.base import Generators, step_options
+from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing
 
@@ -50,6 +50,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         prior_guidance_scale: float | None = None,
         prior_latents: Tensor | None = None,
         num_prior_samples: int | None = None,
+        prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         original_size: tuple[int, int] | None = None,
@@ -66,6 +67,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         eta: η of DDIM (arXiv:2010.02502), eq. 16, in [0, 1]; for schedulers that have it.
         generator: one, or a list of one for each image: image i is then that of a run of its own.
         latents: (B·n, C, H/f, W/f), standard normal, in place of drawn ones. prior_latents: (B·n, D), likewise.
+        prior_prompt_embeds: with `prompt_embeds`, what the prior reads of the prompts: `encode_prompt` gives all three.
         image_embeds: (B·n, D), CLIP image embeddings in place of the prior's samples.
         output_type: `pil`, `np` (B, H, W, 3) in [0, 1], `pt` (B, 3, H, W) in [0, 1], or `latent` (scaled latents).
         callback_on_step_end: called as f(pipe, step, timestep, tensors) after each step of the U-Net with the tensors
@@ -84,7 +86,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         """
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
-            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_latents,
+            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds, prior_latents,
         )  # fmt: skip
         height, width = self._image_size(height, width)
         sizes = self._sizes(original_size, crops_coords_top_left, target_size, (height, width))

@@ -3,11 +3,14 @@
 import copy
 import inspect
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -247,6 +250,106 @@ def test_a_scheduler_of_another_kind_is_named(call, family):
     own.scheduler = EDMEulerScheduler()
     with pytest.raises(UserError, match="guidance_interval needs to know the share of noise"):
         call("LatentDiffusionPipeline", pipe=own, guidance_interval=(0.1, 0.5))
+
+
+TEXTS = ("text_encoder", "tokenizer", "prior_text_encoder", "prior_tokenizer")
+READING = sorted(set(pipelines.__all__) - {VARIATION, TEXT_DIFF})
+
+
+@pytest.mark.parametrize("name", READING)
+def test_texts_are_read_without_the_rest_and_pictures_drawn_without_the_texts(call, family, name):
+    """What `encode_prompt` returns are arguments of `__call__`, by the names in its source."""
+    own = family[name]
+    reader = type(own)(**{part: own.components[part] if part in TEXTS else None for part in own.components})
+    rest = type(own)(**{part: None if part in TEXTS else own.components[part] for part in own.components})
+    rest.set_progress_bar_config(disable=True)
+    prompt = ["a cat", "two dogs"]
+    encoded = reader.encode_prompt(prompt=prompt, device=torch.device("cpu"))
+    accepted = inspect.signature(type(own).__call__).parameters
+    names = ("prompt_embeds", "negative_prompt_embeds", "prior_prompt_embeds")
+    given = {key: value for key, value in zip(names, encoded, strict=True) if key in accepted}
+    returned = re.search(r"return (.*prior_prompt_embeds)", inspect.getsource(type(own).encode_prompt))[1]
+    assert tuple(returned.split(", ")) == names
+    drawn = call(name, pipe=rest, **given | {"prompt": None}, of=None)
+    expected = call(name, of=None)
+    key = next(iter(expected))
+    assert np.abs(np.asarray(drawn[key]) - np.asarray(expected[key])).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a cat", "prior_prompt_embeds is a str; give what encode_prompt gives last, three tensors"),
+        (
+            (torch.zeros(2, 8), torch.zeros(2, 12, 16), torch.ones(2, 12)),
+            r"prior_prompt_embeds.embeds has shape \(2, 8\)",
+        ),
+        ((torch.zeros(3, 16), torch.zeros(3, 12, 16), torch.ones(3, 12)), r"embeds has shape \(3, 16\); .* \(2, 16\)"),
+        ((torch.zeros(4, 16), torch.zeros(4, 12, 16), torch.ones(4, 12)), "are of 2 images, prompt_embeds of 1"),
+    ],
+)
+def test_what_the_prior_reads_is_checked(family, given, message):
+    with pytest.raises(UserError, match=message):
+        family["LatentDiffusionPipeline"](prompt_embeds=torch.zeros(1, 12, 16), prior_prompt_embeds=given, **PRIOR)
+    with pytest.raises(UserError, match="either prompt or prior_prompt_embeds, and not both"):
+        family["LatentDiffusionPipeline"]("a cat", prior_prompt_embeds=given, **PRIOR)
+
+
+@pytest.mark.parametrize("name", ["LatentDiffusionPipeline", VARIATION])
+def test_to_a_precision_and_opened_in_one(family, name, tmp_path):
+    own = type(family[name])(**copy.deepcopy(family[name].components)).to(dtype=torch.float16)
+    assert {part.dtype for part in own.components.values() if hasattr(part, "dtype")} == {torch.float16}
+    own.save_pretrained(tmp_path, variant="fp16")
+    assert all(".fp16" in path.name for path in tmp_path.rglob("*.safetensors"))
+    wanted = {"vae": torch.bfloat16, "default": torch.float16}
+    again = type(own).from_pretrained(tmp_path, variant="fp16", dtype=wanted)
+    for part, component in again.components.items():
+        if hasattr(component, "dtype"):
+            assert component.dtype == wanted.get(part, torch.float16)
+            pairs = zip(component.state_dict().values(), getattr(own, part).state_dict().values(), strict=True)
+            assert all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+    own.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="You are trying to load the model files of the `variant=fp16`, but"):
+        type(own).from_pretrained(tmp_path / "plain", variant="fp16")
+
+
+def test_no_pickle_is_written_even_if_asked_for(pipe, tmp_path):
+    with pytest.warns(UserWarning, match="pickles are not written"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors"}
+    assert {path.stat().st_mode for path in tmp_path.rglob("*.safetensors")} == {
+        (tmp_path / "model_index.json").stat().st_mode
+    }
+    with pytest.raises(UserError, match="unknown argument 'shard_size' of save_pretrained"):
+        pipe.save_pretrained(tmp_path, shard_size=1)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_offloading_keeps_the_picture_and_the_order(call, family, name):
+    """Hooks as on an accelerator, with the CPU in its place."""
+    expected = call(name).images
+    own = type(family[name])(**copy.deepcopy(family[name].components))
+    own.set_progress_bar_config(disable=True)
+    own.enable_model_cpu_offload(device="cpu")
+    ran = []
+    for part, component in own.components.items():
+        if isinstance(component, torch.nn.Module) and part not in own._exclude_from_cpu_offload:
+            assert isinstance(component._hf_hook, CpuOffload)
+            component.register_forward_pre_hook(lambda *_, part=part: ran.append(part))
+    assert np.array_equal(call(name, pipe=own).images, expected)
+    order = own.model_cpu_offload_seq.split("->")
+    first = list(dict.fromkeys(ran))
+    assert "unet" in first and first == [part for part in order if part in first]
+
+
+@pytest.mark.parametrize("name", ["LatentDiffusionImg2ImgPipeline", "LatentDiffusionInpaintPipeline"])
+def test_an_autoencoder_without_a_distribution(call, family, name):
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    own = type(family[name])(**family[name].components | {"vae": tiny.eval()})
+    own.set_progress_bar_config(disable=True)
+    assert call(name, pipe=own).images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize("name", ["LatentDiffusionImg2ImgPipeline", "LatentDiffusionInpaintPipeline"])

@@ -29,7 +29,7 @@ PUBLISH = """
 import sys
 from ldm.errors import exit_code_of
 from pipelines.publish import publish
-sys.exit(exit_code_of(lambda: publish(None, None, "user/model", None, None, None, False, None, None)))
+sys.exit(exit_code_of(lambda: publish(None, None, "user/model")))
 """
 
 

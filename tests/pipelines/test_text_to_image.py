@@ -52,7 +52,7 @@ def test_the_text_matters(pipe):
 
 def test_of_two_prior_samples_the_closer_to_the_text_is_kept(pipe):
     prompts = ["a cat", "a dog", "two dogs", "cats"]
-    text = pipe._read_for_prior(prompts, torch.device("cpu"))[0]
+    text = pipe._embed_for_prior(prompts, torch.device("cpu"))[0]
 
     def closeness(samples):
         embeds = pipe.sample_image_embeds(prompts, 1, 3, 1.0, samples, [seeded(i) for i in range(4)])
@@ -108,7 +108,7 @@ def test_tokens_and_image_embeddings_stand_in_for_the_text(pipe):
     from_text = draw(pipe, noise_level=0, guidance_scale=2.0)
     generator = seeded()
     image_embeds = pipe.sample_image_embeds("a cat", 1, 3, 4.0, 1, generator)
-    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt("a cat", torch.device("cpu"))
+    prompt_embeds, negative_prompt_embeds, _ = pipe.encode_prompt("a cat", torch.device("cpu"))
     given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
     from_tensors = draw(
         pipe, None, generator=generator, noise_level=0, guidance_scale=2.0, image_embeds=image_embeds, **given

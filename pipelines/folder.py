@@ -1,0 +1,166 @@
+"""How a pipeline is opened, shared, saved and published: folders and repositories that stock Diffusers opens too."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from ldm import hub
+from ldm.errors import UserError
+from ldm.files import make_readable
+
+DEFAULT_SETTINGS = {
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "noise_level": 0,
+    "prior_num_inference_steps": 25,
+    "prior_guidance_scale": 4.0,
+    "num_prior_samples": 2,
+    "guidance_rescale": 0.0,
+    "guidance_interval": (0.0, 1.0),
+}
+PRIOR_COMPONENTS = (
+    "prior_tokenizer",
+    "prior_text_encoder",
+    "prior",
+    "prior_scheduler",
+    "image_normalizer",
+    "image_noising_scheduler",
+)
+"""What the layout of StableUnCLIPPipeline has beside that of StableDiffusionPipeline."""
+
+
+class LatentDiffusionFolder(DiffusionPipeline):
+    """What every pipeline of this package has in common with its folder."""
+
+    commit: str | None = None
+    """Of the repository that it was opened from; None where that was a folder."""
+    folder: Path | None = None
+    """On this machine, that it was opened from."""
+
+    @classmethod
+    def default(cls) -> Self:
+        """The bundled model, without a download."""
+        return cls.from_pretrained(Path(__file__).parent / "default")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> Self:
+        """Opens a folder, or a repository of the Hub at `revision`, after a check that it is whole.
+
+        Computes in float32 whatever the files hold, unless `dtype` says otherwise. Further keyword arguments are
+        `DiffusionPipeline.from_pretrained`'s, but none that would run a model's own code or open a pickle. Raises
+        `UserError` for a name or a folder that cannot be used, `RunError` where a download broke off.
+        """
+        if unwanted := sorted({"custom_pipeline", "trust_remote_code"} & set(kwargs)):
+            raise UserError(f"{unwanted[0]} is not taken: no code comes with a model")
+        if not kwargs.get("use_safetensors", True):
+            raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
+        variant = kwargs.get("variant")
+        options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
+        folder = hub.resolve(name, revision, variant, **options)
+        components = hub.check_components(folder, leave_out=kwargs, variant=variant)
+        index = hub.read_json(folder / cls.config_name)
+        for component in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
+            if component not in kwargs and component not in components:
+                raise UserError(
+                    f"'{folder}' is a {index.get('_class_name')} without '{component}'; "
+                    "give a folder in the layout of StableUnCLIPPipeline or StableDiffusionPipeline"
+                )
+        for component in components.values():
+            hub.check_finite(component)
+            hub.check_shapes(component)
+        if "torch_dtype" not in kwargs:  # the older name of dtype
+            kwargs.setdefault("dtype", torch.float32)
+        pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
+        pipeline.commit, pipeline.folder = hub.commit_of(folder), folder
+        if "_default_settings" in index:
+            pipeline.default_settings = index["_default_settings"]
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """A pipeline of this kind with the components of another one, which stay in the precision that they are in."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)  # Diffusers would convert what the other one uses to float32
+        own = super().from_pipe(pipeline, **kwargs)
+        own.commit, own.folder = getattr(pipeline, "commit", None), getattr(pipeline, "folder", None)
+        return own
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Writes a folder that stock Diffusers opens, its weights as safetensors, which all may read.
+
+        push_to_hub: then uploads it as the method of this name does, to `repo_id` or the folder's name, and with its
+            keyword arguments.
+        """
+        if not safe_serialization:
+            warnings.warn("safe_serialization=False is passed over: pickles are not written", stacklevel=2)
+        folder = Path(save_directory)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        for file in folder.rglob("*.safetensors"):
+            make_readable(file)
+        if push_to_hub:
+            from pipelines.publish import publish_folder
+
+            publish_folder(self, folder, self.folder, repo_id or folder.name, **kwargs)
+        elif kwargs:
+            raise UserError(f"unknown argument '{min(kwargs)}' of save_pretrained")
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `model_index.json` under the name of the stock pipeline whose layout this is, which opens it."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)  # a path of this machine
+        if self.prior is not None:
+            index["_class_name"] = "StableUnCLIPPipeline"
+        else:
+            index = {key: value for key, value in index.items() if key not in PRIOR_COMPONENTS}
+            absent = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
+            index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **absent}
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        sample_prompts: list[str] | None = None,
+    ) -> str:
+        """Uploads the pipeline to the Hub in one commit, whose address it returns, and makes the repository if need be.
+
+        The README of the folder that it was opened from is kept; where there is none, one is written from what the
+        folder holds (`pipelines/card.py`). `sample_prompts`: drawn into its grid of samples. Raises `UserError` where
+        the Hub refuses the name or the login, and `RunError` where the upload broke off.
+        """
+        from pipelines.publish import publish
+
+        options = {"private": private, "commit_message": commit_message, "token": token, "create_pr": create_pr}
+        return publish(self, self.folder, repo_id, variant, sample_prompts=sample_prompts, **options)
+
+    @property
+    def default_settings(self) -> dict[str, int | float | tuple[float, float]]:
+        """What `__call__` takes where it is given nothing: this model's own settings over the general ones."""
+        return DEFAULT_SETTINGS | self.config.get("_default_settings", {})
+
+    @default_settings.setter
+    def default_settings(self, settings: dict[str, int | float | tuple[float, float]]) -> None:
+        """Saved with the model, under a key that stock Diffusers passes over."""
+        if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
+            raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
+        self.register_to_config(_default_settings=dict(settings))
