@@ -103,6 +103,11 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
+def fetch(name: str, files: list[str]) -> Path:
+    """The cache's folder of those `files` that a repository has. Raises as `resolve` does."""
+    return _download("model", name, None, (files, []), {})
+
+
 def _download(
     what: str, name: str, revision: str | None, patterns: tuple[list[str], list[str]], options: dict[str, Any]
 ) -> Path:

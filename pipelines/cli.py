@@ -90,6 +90,12 @@ def _parser() -> ArgumentParser:
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
 
+    exporting = commands.add_parser("export-clip", help="a CLIP that open_clip publishes, for the stages that take one")
+    exporting.add_argument("name", metavar="NAME", help="of open_clip's models, or hf-hub:owner/repository")
+    exporting.add_argument("--pretrained", metavar="TAG|FILE", help="of the weights; a file must be safetensors")
+    exporting.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
+    exporting.set_defaults(command=export_clip)
+
     checking = commands.add_parser("data-check", help="look a data set over before training on it")
     checking.add_argument("source", metavar="SOURCE", help="a folder, a parquet file, or a repository of the Hub")
     checking.add_argument("--split", default="train", help="of a folder or repository; default: train")
@@ -181,6 +187,25 @@ def join(arguments: argparse.Namespace) -> None:
     check_output_folder(arguments.output)
     _be_quiet()
     print(assemble(**stages, output=arguments.output))
+
+
+def export_clip(arguments: argparse.Namespace) -> None:
+    """`ldm export-clip`: writes the folder and prints its path."""
+    output = check_output_folder(arguments.output)
+    _be_quiet()
+    from ldm.clip.published import export
+
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        export(arguments.name, arguments.pretrained, partial)
+        if output.exists():
+            output.rmdir()  # empty: checked above
+        partial.rename(output)
+    except OSError as error:
+        raise RunError(f"'{output}' could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(output)
 
 
 def data_check(arguments: argparse.Namespace) -> None:

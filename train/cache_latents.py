@@ -22,7 +22,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPVisionConfig
 
 from ldm import configuration
 from ldm.clip import export
@@ -39,7 +38,7 @@ from ldm.data.records import Records, is_whole, write_shard
 from ldm.data.shards import Row
 from ldm.data.stored import Identities, Pictures, decoded, identified, stacked
 from ldm.data.stream import LEAST_READ, CaptionedStream
-from ldm.errors import RunError, UserError, exit_code_of
+from ldm.errors import RunError, exit_code_of
 from ldm.training import failure, precision, run
 from pipelines.arguments import parse_training_arguments
 
@@ -58,12 +57,6 @@ def main() -> None:
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
     accelerator = run.join_processes(TrainingConfig(precision=config.precision, timeout_seconds=WAIT), can_shard=False)
-    image_size = CLIPVisionConfig.from_pretrained(clip_folder / "image_encoder").image_size
-    if image_size != config.data.image_size:
-        raise UserError(
-            f"data.image_size {config.data.image_size}: the image tower of {config.clip} was trained at {image_size}; "
-            "set data.image_size to that"
-        )
     image_settings = ImageSettings(
         autoencoder=latents.autoencoder_digest(vae_folder),
         image_encoder=latents.weights_digest(clip_folder / "image_encoder"),

@@ -80,7 +80,7 @@ def main() -> None:
     perceptual = None
     if config.perceptual_weight:
         clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
-        perceptual = PerceptualDistance(export.load(clip_folder).image_encoder).to(accelerator.device)
+        perceptual = PerceptualDistance(export.load(clip_folder)).to(accelerator.device)
     if training.find_micro_batch:
         share = memory.fitting_share(
             accelerator, share, model, partial(try_step, config, accelerator, model, perceptual, noise_shape), resumed

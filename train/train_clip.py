@@ -63,6 +63,11 @@ def main() -> None:
         started_from = export.load(run.component_folder(config.init, "init", "image_encoder").parent)
         image_config = started_from.image_encoder.config.to_dict()
         run.check_fits("init", config.init, "image tower", image_config, image_size=config.data.image_size)
+        if not started_from.reads_plain_pixels:
+            raise UserError(
+                f"init {config.init}: its image tower reads pixels of mean {started_from.image_mean}, not in [-1, 1]; "
+                "take a run of train_clip.py"
+            )
         tokenizer = started_from.tokenizer
         clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
     embedding_dim = clip.text_projection.shape[1]

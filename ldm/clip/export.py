@@ -5,6 +5,8 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -17,7 +19,9 @@ from transformers import (
 )
 
 from ldm.clip.model import build
+from ldm.components.configs import read_json
 from ldm.errors import UserError
+from ldm.files import make_readable
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,28 @@ class ClipTowers:
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModelWithProjection
     image_encoder: CLIPVisionModelWithProjection
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Of pixels in [0, 1], as the image tower reads them: (u - mean) / std."""
+
+    def image_embeds(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] of any size -> (B, D)."""
+        return self.image_encoder(pixel_values=self.pixel_values(images)).image_embeds
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> what the image tower reads, of its own size."""
+        size = self.image_encoder.config.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        if not self.reads_plain_pixels:
+            mean, std = (images.new_tensor(x)[:, None, None] for x in (self.image_mean, self.image_std))
+            images = ((images + 1) / 2 - mean) / std
+        return images
+
+    @property
+    def reads_plain_pixels(self) -> bool:
+        """Whether it reads [-1, 1], as those that `train_clip.py` trains."""
+        return {*self.image_mean, *self.image_std} == {0.5}
 
 
 BLOCK = {
@@ -55,7 +81,7 @@ def to_transformers(
             image_size=model.visual.image_size[0],
             patch_size=model.visual.patch_size[0],
             projection_dim=model.visual.proj.shape[1],
-            hidden_act="gelu",
+            hidden_act=_activation(model.visual),
         )
     )
     text_encoder.load_state_dict(
@@ -92,7 +118,7 @@ def text_config(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextConf
         num_attention_heads=block.attn.num_heads,
         max_position_embeddings=model.context_length,
         projection_dim=model.text_projection.shape[1],
-        hidden_act="gelu",
+        hidden_act=_activation(model),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -158,13 +184,17 @@ def image_processor(image_size: int) -> CLIPImageProcessor:
     )
 
 
-def save(model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes text_encoder, image_encoder, tokenizer and image_processor into `folder`."""
+def save(
+    model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path, processor: CLIPImageProcessor | None = None
+) -> None:
+    """Writes text_encoder, image_encoder, tokenizer and image_processor, `image_processor` if None, into `folder`."""
     text_encoder, image_encoder = to_transformers(model, tokenizer)
     text_encoder.save_pretrained(folder / "text_encoder")
     image_encoder.save_pretrained(folder / "image_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    image_processor(image_encoder.config.image_size).save_pretrained(folder / "image_processor")
+    (processor or image_processor(image_encoder.config.image_size)).save_pretrained(folder / "image_processor")
+    for file in folder.rglob("*.safetensors"):
+        make_readable(file)
 
 
 def load(folder: str | Path) -> ClipTowers:
@@ -178,10 +208,15 @@ def load(folder: str | Path) -> ClipTowers:
     for component in ("text_encoder/config.json", "image_encoder/config.json", "tokenizer/tokenizer_config.json"):
         if not (root / component).is_file():
             raise UserError(f"clip {folder}: '{root / component}' is missing; has train_clip.py finished there?")
+    pixels = {}
+    if (root / "image_processor" / "preprocessor_config.json").is_file():
+        written = read_json(root / "image_processor" / "preprocessor_config.json")
+        pixels = {name: tuple(written[name]) for name in ("image_mean", "image_std") if written.get(name)}
     return ClipTowers(
         CLIPTokenizer.from_pretrained(root / "tokenizer"),
         _frozen(CLIPTextModelWithProjection, root / "text_encoder"),
         _frozen(CLIPVisionModelWithProjection, root / "image_encoder"),
+        **pixels,
     )
 
 
@@ -204,6 +239,11 @@ def _frozen(kind: type, folder: Path):
                 f"'{folder}': config and weights disagree, {fault.replace('_', ' ')}: {first}; write it again"
             )
     return model.eval().requires_grad_(False)
+
+
+def _activation(tower: torch.nn.Module) -> str:
+    """transformers' name of what a tower's blocks have between their two layers."""
+    return "quick_gelu" if isinstance(tower.transformer.resblocks[0].mlp.gelu, QuickGELU) else "gelu"
 
 
 def _layer_norm(state: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:

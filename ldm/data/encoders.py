@@ -62,7 +62,7 @@ def encode_images(
     encoded = {
         "latent_mean": (posterior.mean.float() * vae.config.scaling_factor).half(),
         "latent_std": (posterior.std.float() * vae.config.scaling_factor).half(),
-        "image_embeds": clip.image_encoder(pixel_values=squares).image_embeds.float(),
+        "image_embeds": clip.image_embeds(squares).float(),
     }
     return {name: values.unflatten(0, (len(batch["sizes"]), -1)).cpu() for name, values in encoded.items()}
 

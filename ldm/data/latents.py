@@ -248,13 +248,6 @@ class CachedLatents(torch.utils.data.Dataset):
 def check_components(folder: Path, index: CacheIndex, autoencoder: Path | None, clip: Path) -> None:
     """Raises UserError where a cache was written with other encoders than these component folders'."""
     stored = asdict(index.image_settings) | asdict(index.caption_settings)
-    config = clip / "image_encoder" / "config.json"
-    size = json.loads(config.read_text()).get("image_size") if config.is_file() else None
-    if size not in (None, stored["image_size"]):
-        raise UserError(
-            f"cache {folder} holds images of {stored['image_size']} pixels, but the image tower of {clip} reads "
-            f"{size}; write a cache with this CLIP, or train with the other"
-        )
     for name, digest, component in (
         ("autoencoder", autoencoder_digest, autoencoder),
         ("text_encoder", weights_digest, clip / "text_encoder"),
