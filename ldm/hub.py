@@ -124,7 +124,9 @@ def _download(
 
     allowed, ignored = patterns
     files = {"allow_patterns": allowed, "ignore_patterns": ignored}
-    commit, refusal = _commit(name, revision, options)
+    commit, refusal, there = _commit(name, revision, options)
+    if what == "model":
+        _refuse_pickles(there)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt of a download that fails is a warning
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -166,18 +168,27 @@ def _download(
     raise UserError(f"{what} '{name}' {reason}")
 
 
-def _commit(name: str, revision: str | None, options: dict[str, Any]) -> tuple[str | None, Exception | None]:
-    """The commit that a revision now is, or why that cannot be known."""
+def _commit(name: str, revision: str | None, options: dict[str, Any]) -> tuple[str | None, Exception | None, list[str]]:
+    """The commit that a revision now is, or why that cannot be known; and its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if options.get("local_files_only"):
-        return None, OfflineModeIsEnabled("local_files_only")
+        return None, OfflineModeIsEnabled("local_files_only"), []
     try:
         with bounded():
-            return HfApi(token=options.get("token")).model_info(name, revision=revision).sha, None
+            info = HfApi(token=options.get("token")).model_info(name, revision=revision)
     except Exception as error:  # refusals of the Hub, and whatever the client's transport raises
-        return None, error
+        return None, error, []
+    return info.sha, None, [file.rfilename for file in info.siblings or []]
+
+
+def _refuse_pickles(files: list[str]) -> None:
+    """Raises `UserError` for a component of which a repository holds pickles alone, which are not downloaded."""
+    for component in CLASSES:
+        own = [file for file in files if file.startswith(f"{component}/")]
+        if any(file.endswith(".bin") for file in own) and not any(file.endswith(".safetensors") for file in own):
+            raise weights.pickle_only(component)
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:

@@ -92,6 +92,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, PriorPrompt]:
         """Captions and negative captions as tokens, each (B·n, L, D_t); the latter None where there is no guidance.
 
@@ -100,7 +101,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         """
         prompt_embeds, negative_prompt_embeds = self._encode_prompt(
             prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
-            negative_prompt_embeds,
+            negative_prompt_embeds, clip_skip,
         )  # fmt: skip
         if self.prior_text_encoder is not None and prompt is not None:
             prior_prompt_embeds = self._read_for_prior(check_prompt("prompt", prompt), device)
@@ -116,15 +117,17 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         negative_prompt: str | list[str] | None,
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
+        clip_skip: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the U-Net reads."""
+        """What the U-Net reads. clip_skip: layers of the text tower that captions leave out, as stock has it not the
+        negative ones."""
         if (prompt is None) == (prompt_embeds is None):
             raise UserError("give either prompt or prompt_embeds, and not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise UserError("give either negative_prompt or negative_prompt_embeds, and not both")
 
         if prompt_embeds is None:
-            prompt_embeds = self._read("prompt", check_prompt("prompt", prompt), device)
+            prompt_embeds = self._read("prompt", check_prompt("prompt", prompt), device, clip_skip)
         if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
             shape = getattr(prompt_embeds, "shape", None)
             what = f"is a {type(prompt_embeds).__name__}" if shape is None else f"has shape {tuple(shape)}"
@@ -146,10 +149,17 @@ class LatentDiffusionBase(LatentDiffusionFolder):
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
-    def _read(self, name: str, texts: list[str], device: torch.device) -> Tensor:
-        """Texts -> (B, L, D_t): the last hidden states of the text tower. Warns of what is beyond its context."""
+    def _read(self, name: str, texts: list[str], device: torch.device, clip_skip: int | None = None) -> Tensor:
+        """Texts -> (B, L, D_t): the last hidden states of the text tower, or those `clip_skip` layers before them,
+        normalised like them. Warns of what is beyond its context."""
         warn_of_cut(name, self.tokenizer, texts)
-        return self.text_encoder(_tokenize(self.tokenizer, texts).input_ids.to(device))[0]
+        input_ids = _tokenize(self.tokenizer, texts).input_ids.to(device)
+        if clip_skip is None:
+            return self.text_encoder(input_ids)[0]
+        check_count("clip_skip", clip_skip, smallest=0, largest=self.text_encoder.config.num_hidden_layers)
+        hidden_states = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
+        tower = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return tower.final_layer_norm(hidden_states[-(clip_skip + 1)])
 
     def _embed_for_prior(self, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Texts -> projected embedding (B, D), last hidden states (B, L, D_t), and which tokens are text (B, L)."""
@@ -193,12 +203,6 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         check_steps("prior_num_inference_steps", num_inference_steps, self.prior_scheduler)
         check_scale("prior_guidance_scale", guidance_scale)
         check_count("num_prior_samples", num_samples)
-        if isinstance(self.prior_scheduler, UnCLIPScheduler):
-            warnings.warn(
-                "UnCLIPScheduler takes single timesteps whatever their number: the prior's samples stay noise; "
-                "set pipe.prior_scheduler = DDPMScheduler.from_config(pipe.prior_scheduler.config)",
-                stacklevel=2,
-            )
         guided = guidance_scale > 1
 
         # 1. e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L); those of "" before them
@@ -221,7 +225,10 @@ class LatentDiffusionBase(LatentDiffusionFolder):
             sample = noise.to(device) * self.prior_scheduler.init_noise_sigma  # (B·n, D), normalised
             self.prior_scheduler.set_timesteps(num_inference_steps, device=device)
             options = step_options(self.prior_scheduler, source, eta)
-            for t in self.progress_bar(self.prior_scheduler.timesteps):
+            timesteps = self.prior_scheduler.timesteps
+            for i, t in enumerate(self.progress_bar(timesteps)):
+                if isinstance(self.prior_scheduler, UnCLIPScheduler):  # it does not know its own steps
+                    options["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 model_input = self.prior_scheduler.scale_model_input(torch.cat([sample] * 2) if guided else sample, t)
                 prediction = self.prior(
                     model_input,

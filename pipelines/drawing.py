@@ -32,6 +32,7 @@ class Settings:
     """What `sample_image_embeds` takes by these names."""
     guidance_rescale: float
     guidance_interval: tuple[float, float]
+    clip_skip: int | None
 
 
 @dataclass
@@ -83,6 +84,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         num_prior_samples: int | None = None,
         prior_prompt_embeds: PriorPrompt | None = None,
         prior_latents: Tensor | None = None,
+        clip_skip: int | None = None,
     ) -> Settings:
         """What is given, over `default_settings`. Raises `UserError` for values that cannot be used."""
         defaults = self.default_settings
@@ -102,6 +104,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
             guidance_interval=check_interval(
                 "guidance_interval", given_or(guidance_interval, defaults["guidance_interval"])
             ),
+            clip_skip=clip_skip,
         )
         check_steps("num_inference_steps", settings.num_inference_steps, self.scheduler)
         check_share("eta", eta)
@@ -166,8 +169,9 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         device = self._execution_device
         with self._text_encoder_scaled(cross_attention_kwargs):
             prompt_embeds, negative_prompt_embeds = self._encode_prompt(
-                prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds
-            )
+                prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                settings.clip_skip,
+            )  # fmt: skip
         batch, _, width = prompt_embeds.shape  # B·n
         if isinstance(read := self.unet.config.cross_attention_dim, int) and width != read:
             raise UserError(f"prompt_embeds are {width} wide; this U-Net reads tokens of width {read}")

@@ -1,14 +1,18 @@
 """How a pipeline is opened, shared, saved and published: folders and repositories that stock Diffusers opens too."""
 
+import inspect
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 
 from ldm import hub
+from ldm.components.configs import is_older
 from ldm.errors import UserError
 from ldm.files import make_readable
 
@@ -75,6 +79,12 @@ class LatentDiffusionFolder(DiffusionPipeline):
         if "torch_dtype" not in kwargs:  # the older name of dtype
             kwargs.setdefault("dtype", torch.float32)
         pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
+        if index.get("_class_name") == "StableDiffusionPipeline":
+            correct_as_stock_does(pipeline)
+        known = inspect.signature(cls.__init__).parameters
+        named = {name for name, entry in index.items() if isinstance(entry, list) and entry[-1] is not None}
+        if passed_over := sorted(name for name in named - set(known) if not name.startswith("_")):
+            print(f"note: {', '.join(passed_over)} of '{name}' not needed, and passed over", file=sys.stderr)
         pipeline.commit, pipeline.folder = hub.commit_of(folder), folder
         if "_default_settings" in index:
             pipeline.default_settings = index["_default_settings"]
@@ -125,6 +135,12 @@ class LatentDiffusionFolder(DiffusionPipeline):
         index.pop("_name_or_path", None)  # a path of this machine
         if self.prior is not None:
             index["_class_name"] = "StableUnCLIPPipeline"
+            if isinstance(self.prior_scheduler, UnCLIPScheduler):
+                warnings.warn(
+                    "stock StableUnCLIPPipeline steps UnCLIPScheduler one timestep at a time, and the prior's samples "
+                    "stay noise; set prior_scheduler=DDPMScheduler.from_config(pipe.prior_scheduler.config)",
+                    stacklevel=3,
+                )
         else:
             index = {key: value for key, value in index.items() if key not in PRIOR_COMPONENTS}
             absent = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
@@ -164,3 +180,14 @@ class LatentDiffusionFolder(DiffusionPipeline):
         if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
             raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
         self.register_to_config(_default_settings=dict(settings))
+
+
+def correct_as_stock_does(pipeline: DiffusionPipeline) -> None:
+    """What stock StableDiffusionPipeline sets right in folders of early releases, so that both draw the same."""
+    scheduler, unet = pipeline.scheduler, pipeline.unet
+    for key, wanted in (("steps_offset", 1), ("clip_sample", False)):
+        if key in scheduler.config and scheduler.config[key] != wanted:
+            scheduler.register_to_config(**{key: wanted})
+    size = unet.config.sample_size
+    if is_older(unet.config, (0, 9)) and isinstance(size, int) and size < 64:
+        unet.register_to_config(sample_size=64)

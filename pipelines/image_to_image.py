@@ -53,6 +53,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        clip_skip: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each prompt. The arguments are `LatentDiffusionPipeline`'s, and:
 
@@ -67,6 +68,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
             prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
+            clip_skip=clip_skip,
         )  # fmt: skip
         check_share("strength", strength)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)

@@ -59,6 +59,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
         prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        clip_skip: int | None = None,
         composite: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Draws `num_images_per_prompt` images of each prompt. The arguments are `LatentDiffusionPipeline`'s, and:
@@ -77,6 +78,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
             prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
+            clip_skip=clip_skip,
         )  # fmt: skip
         check_share("strength", strength)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)

@@ -53,6 +53,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         prior_prompt_embeds: PriorPrompt | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        clip_skip: int | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
@@ -78,6 +79,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         guidance_rescale: 0..1, how far the guided prediction's standard deviation is brought back (`rescale_guidance`).
         guidance_interval: guidance only where √(1 - ᾱ_t), the share of noise, lies between these two numbers
             (`scale_in_interval`); elsewhere the U-Net runs once a step, not twice.
+        clip_skip: how many of its last layers the text tower leaves out for `prompt`.
         original_size, crops_coords_top_left, target_size: what a U-Net trained with `size_conditioning` is told of the
             image: the size it had, (height, width); the corner of its crop, (top, left); its size now. If None:
             (height, width), (0, 0), (height, width).
@@ -86,7 +88,8 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         """
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
-            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds, prior_latents,
+            prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
+            prior_latents, clip_skip,
         )  # fmt: skip
         height, width = self._image_size(height, width)
         sizes = self._sizes(original_size, crops_coords_top_left, target_size, (height, width))

@@ -6,7 +6,7 @@ that they are those of the weights is checked afterwards, at no cost (`ldm/compo
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,11 @@ def _check_values(file: str, class_name: str, config: dict[str, Any]) -> None:
     for key in MANDATORY.get(class_name, ()):
         if config.get(key) is None:
             refuse(key, "given", "nothing")
-    if class_name == "AutoencoderKL" and config.get("scaling_factor") is None and not _is_older(config):
+    if (
+        class_name == "AutoencoderKL"
+        and config.get("scaling_factor") is None
+        and not is_older(config, FIRST_WITH_SCALING_FACTOR)
+    ):
         refuse("scaling_factor", "> 0", "nothing")
     if config.get("quantization_config") is not None:
         refuse("quantization_config", "absent", "one; save the model without it")
@@ -243,9 +247,10 @@ def _check_values(file: str, class_name: str, config: dict[str, Any]) -> None:
             refuse(key, f"a list of {len(blocks) or 'some'}, like block_out_channels", f"{len(config[key])}")
 
 
-def _is_older(config: dict[str, Any]) -> bool:
+def is_older(config: Mapping[str, Any], release: tuple[int, int]) -> bool:
+    """Whether a component was saved by a Diffusers before this release, by what its configuration says."""
     numbers = str(config.get("_diffusers_version", "")).split(".")[:2]
-    return all(part.isdigit() for part in numbers) and (0,) < tuple(map(int, numbers)) < FIRST_WITH_SCALING_FACTOR
+    return all(part.isdigit() for part in numbers) and (0,) < tuple(map(int, numbers)) < release
 
 
 def _numbers(file: str, where: str, value: object) -> Iterator[tuple[str, object]]:

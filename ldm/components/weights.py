@@ -54,10 +54,14 @@ def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
         if (file := folder / f"{stem}{kind}.safetensors").is_file():
             return [file]
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder.name}: only a pickle (.bin) is there; convert it to safetensors")
+        raise pickle_only(folder.name)
     others = sorted({path.name.split(".")[1] for path in folder.glob(f"{stem}.*.safetensors")})
     further = f"; only the variant {others[0]!r} is there: open it with variant={others[0]!r}" if others else ""
     raise missing(folder.name, folder / f"{stem}.safetensors", further)
+
+
+def pickle_only(component: str) -> UserError:
+    return UserError(f"{component}: only a pickle (.bin) is there; convert it to safetensors")
 
 
 def _shards(index: Path) -> list[Path]:

@@ -163,3 +163,15 @@ def test_what_is_in_the_cache_is_opened_though_the_hub_refuses(hub, repository):
     assert hub.run(RESOLVE, "user/model").returncode == 0
     hub.refusals["user/model"] = (503, "")
     assert hub.run(RESOLVE, "user/model").stdout.split()[0] == NEW
+
+
+def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(hub, repository, tmp_path):
+    (tmp_path / NEW / UNET).unlink()
+    (tmp_path / NEW / "safety_checker/model.safetensors").rename(tmp_path / NEW / "safety_checker/pytorch_model.bin")
+    for path in (tmp_path / NEW / "unet").glob("*.safetensors"):
+        path.unlink()
+    result = hub.run(RESOLVE, "user/model")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: unet: only a pickle (.bin) is there; convert it to safetensors\n"
+    assert not [request for request in hub.requests if "/resolve/" in request]
+    assert hub.run(RESOLVE, "user/model", OLD).returncode == 0

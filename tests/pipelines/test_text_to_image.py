@@ -274,12 +274,13 @@ def test_bad_input_is_one_line(pipe, settings, message):
     assert "\n" not in str(caught.value)
 
 
-def test_unclip_scheduler_is_warned_of(pipe):
+def test_unclip_scheduler_is_warned_of(pipe, tmp_path):
     own = LatentDiffusionPipeline(**pipe.components)
     own.prior_scheduler = UnCLIPScheduler(prediction_type="sample", num_train_timesteps=100)
     own.set_progress_bar_config(disable=True)
+    assert draw(own).std() > 0.01
     with pytest.warns(UserWarning, match="DDPMScheduler.from_config"):
-        draw(own)
+        own.save_config(tmp_path)
     with pytest.raises(UserError, match="prior_num_inference_steps is 1; it must be a whole number from 2 to 100"):
         draw(own, prior_num_inference_steps=1)
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ldm.clip import export
 from ldm.data import shapes
 from ldm.data.latents import CachedLatents, read_index
 from ldm.data.records import open_shard
@@ -270,3 +273,28 @@ def test_one_process_a_folder(runs, arguments_of, fails, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_clip_of_another_size_and_normalisation(runs, write, tmp_path):
+    """As `ldm export-clip` leaves it."""
+    towers = export.load(runs / "clip")
+    config = towers.image_encoder.config
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_mean=[0.4, 0.5, 0.6],
+        image_std=[0.3] * 3,
+    )
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.to_dict() | {"image_size": 16}))
+    clip = shutil.copytree(runs / "clip" / "model", tmp_path / "clip")
+    vision.save_pretrained(clip / "image_encoder")
+    processor.save_pretrained(clip / "image_processor")
+    pictures = draw(tmp_path / "pictures", range(4))
+    write(pictures, f"clip={clip}")
+    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder" / "model" / "vae", clip)
+    images = [Image.open(pictures / f"{number:02d}.png").convert("RGB") for number in range(4)]
+    with torch.no_grad():
+        expected = vision.eval()(**processor(images=images, return_tensors="pt")).image_embeds
+    read = samples(data)["image_embeds"]
+    assert (read - expected).abs().max() < 0.05 * expected.std()
+    assert (read - expected.roll(1, 0)).abs().max() > 0.1 * expected.std()
