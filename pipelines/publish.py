@@ -1,6 +1,7 @@
 """A pipeline's folder put on the Hub, with a card."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,10 @@ def publish_folder(
     name or the login, `RunError` where the upload broke off; a repository's commit is whole or is not made.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api = HfApi(token=token)
     with _telling(repository):  # before anything is drawn or written
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id

@@ -188,6 +188,24 @@ def test_any_scheduler_will_do(call, family, name, scheduler):
     assert pipe.num_timesteps == (steps if pipe.scheduler.order == 1 else 2 * steps - 1)
 
 
+GIVEN = {"height", "width", "guidance_scale", "negative_prompt", "cross_attention_kwargs"}
+OPTIONAL = {"num_inference_steps", "generator", "output_type", "return_dict"}
+PROMPTED = {"prompt", "prompt_embeds", "negative_prompt_embeds"}
+
+
+@pytest.mark.parametrize("name", pipelines.__all__)
+def test_arguments_are_those_of_stock_and_each_has_a_default(name):
+    parameters = inspect.signature(getattr(pipelines, name).__call__).parameters
+    wanted = OPTIONAL | (GIVEN if name in DRAWING else {"prompt", "guidance_scale", "latents"})
+    wanted |= PROMPTED if name in set(DRAWING) - {TEXT_DIFF} else set()
+    wanted |= {"num_images_per_prompt"} if name in BATCHED else set()
+    wanted |= set() if name == "LatentDiffusionImg2ImgPipeline" else {"latents"}
+    assert wanted <= set(parameters)
+    assert all(
+        parameter.default is not inspect.Parameter.empty for key, parameter in parameters.items() if key != "self"
+    )
+
+
 # ---- components ------------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,19 @@ sys.exit(exit_code_of(lambda: publish(None, None, "user/model")))
 """
 
 
+SAVE_AND_PUSH = """
+import sys
+from ldm.errors import exit_code_of
+from pipelines import LatentDiffusionPipeline
+
+def push():
+    pipe = LatentDiffusionPipeline.from_pretrained(sys.argv[1])
+    pipe.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/saved", commit_message="Saved")
+
+sys.exit(exit_code_of(push))
+"""
+
+
 @pytest.fixture(scope="module")
 def assembled(runs, tmp_path_factory) -> Path:
     """A folder put together from runs that have left a configuration and metrics."""
@@ -96,6 +109,35 @@ def test_a_repository_is_opened_and_pushed_again_whole(hub, assembled, tmp_path)
     assert (drawn.returncode, drawn.stdout) == (0, f"{tmp_path / 'cat.png'}\n")
     assert drawn.stderr == f"note: 'user/model' is of commit {COMMIT}\n"
     assert Image.open(tmp_path / "cat.png").size == (16, 16)
+
+
+def test_weights_go_to_the_store_of_large_files_and_saving_pushes_with_our_card(hub, assembled, tmp_path):
+    """By the client's own protocol for large files; a push that broke off sends again only what is not there."""
+    hub.has_large_files = True
+    saved = tmp_path / "saved"
+    (saved / "unet").mkdir(parents=True)
+    (saved / "unet/old.bin").write_bytes(b"a pickle that lay there")
+    (saved / "notes.txt").write_text("private")
+    push = lambda: hub.run(SAVE_AND_PUSH, assembled, saved, HF_HUB_DISABLE_XET="1")  # noqa: E731
+    hub.refusals["/large"] = (418, "")
+    broken = push()
+    assert broken.returncode == 1 and hub.pushed == {}
+    assert "'user/saved' could not be pushed to" in broken.stderr.splitlines()[-1]
+    hub.refusals.clear()
+    result = push()
+    assert result.returncode == 0, result.stderr
+    assert [commit["summary"] for commit in hub.commits] == ["Saved"]
+    pushed = hub.pushed["user/saved"]
+    weights = {path.relative_to(saved).as_posix() for path in saved.rglob("*.safetensors")}
+    assert weights == {name for name in pushed if name.endswith(".safetensors")}
+    assert all(pushed[name] == (saved / name).read_bytes() for name in pushed)
+    assert set(hub.large.values()) == {pushed[name] for name in weights} and hub.verified == set(hub.large)
+    assert not {"unet/old.bin", "notes.txt"} & set(pushed)
+    assert pushed["README.md"].decode().startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n")
+    assert "source: unet-data" in pushed["README.md"].decode() and "training/unet.yaml" in pushed
+    hub.requests.clear()
+    assert push().returncode == 0
+    assert not [request for request in hub.requests if request.startswith("PUT")]
 
 
 def test_what_is_damaged_on_the_hub_is_told_as_in_a_folder(hub, assembled, tmp_path):
