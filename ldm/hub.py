@@ -160,8 +160,8 @@ def _download(
                 f"the download of '{name}' broke off ({type(error).__name__}: {said}); run it again: what has arrived "
                 "is kept"
             ) from None
-        what = "cannot be reached" if response is None else f"answered {response.status_code}"
-        reason = f"is no folder, is not whole in the cache, and the Hub {what}; check the name and the connection"
+        said = "cannot be reached" if response is None else f"answered {response.status_code}"
+        reason = f"is no folder, is not whole in the cache, and the Hub {said}; check the name and the connection"
     else:
         print(f"note: '{name}' is of commit {commit_of(folder)}", file=sys.stderr)
         return folder

@@ -35,6 +35,8 @@ PRIOR_COMPONENTS = (
     "image_noising_scheduler",
 )
 """What the layout of StableUnCLIPPipeline has beside that of StableDiffusionPipeline."""
+FIRST_OF_OURS = (0, 42)
+"""The Diffusers that this package began with: what is older comes from others."""
 
 
 class LatentDiffusionFolder(DiffusionPipeline):
@@ -183,11 +185,12 @@ class LatentDiffusionFolder(DiffusionPipeline):
 
 
 def correct_as_stock_does(pipeline: DiffusionPipeline) -> None:
-    """What stock StableDiffusionPipeline sets right in folders of early releases, so that both draw the same."""
+    """What stock StableDiffusionPipeline sets right in others' folders, so that both draw the same."""
     scheduler, unet = pipeline.scheduler, pipeline.unet
-    for key, wanted in (("steps_offset", 1), ("clip_sample", False)):
-        if key in scheduler.config and scheduler.config[key] != wanted:
-            scheduler.register_to_config(**{key: wanted})
+    if is_older(scheduler.config, FIRST_OF_OURS):
+        for key, wanted in (("steps_offset", 1), ("clip_sample", False)):
+            if key in scheduler.config and scheduler.config[key] != wanted:
+                scheduler.register_to_config(**{key: wanted})
     size = unet.config.sample_size
     if is_older(unet.config, (0, 9)) and isinstance(size, int) and size < 64:
         unet.register_to_config(sample_size=64)
