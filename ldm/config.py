@@ -3,12 +3,11 @@
 Model sections are the keyword arguments of the stock class they build.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from ldm.errors import UserError
+from ldm.errors import choose, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +55,21 @@ class DataConfig:
     """Of the longest of these sizes."""
 
     def __post_init__(self):
-        _require(self.shuffle_buffer > 0, "data.shuffle_buffer", self.shuffle_buffer, "> 0")
-        _require(not self.streaming or self.max_images is None, "data.max_images", self.max_images,
+        require(self.shuffle_buffer > 0, "data.shuffle_buffer", self.shuffle_buffer, "> 0")
+        require(not self.streaming or self.max_images is None, "data.max_images", self.max_images,
                  "null with data.streaming, which has no end")  # fmt: skip
-        _require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
-        _require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
-        _require(
+        require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
+        require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
+        require(
             not self.aspect_buckets or self.image_size % self.bucket_step == 0,
             "data.bucket_step",
             self.bucket_step,
             f"a divisor of data.image_size {self.image_size}",
         )
-        _require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
-        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
-        _require(self.max_images is None or self.max_images > 0, "data.max_images", self.max_images, "> 0")
+        require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
+        require(self.max_images is None or self.max_images > 0, "data.max_images", self.max_images, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +112,18 @@ class TrainingConfig:
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
-            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         for name in ("checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
-        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
-        _require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
-        _require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
+        require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
+        require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
                  "> 0 or null")  # fmt: skip
-        _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
-        _choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
-        _choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
+        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
+        require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
+        choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
+        choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +172,10 @@ class AutoencoderConfig(RunConfig):
     """Split on which the finished autoencoder is measured, of any kind but `kl`."""
 
     def __post_init__(self):
-        _choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
+        choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        _require(
+            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        require(
             self.perceptual_weight == 0 or self.perceptual_clip is not None,
             "perceptual_weight",
             self.perceptual_weight,
@@ -201,10 +200,10 @@ class ClipConfig(RunConfig):
     """Weight of SLIP's contrast between two augmented views of an image (Mu et al. 2021)."""
 
     def __post_init__(self):
-        _require(self.context_length > 2, "context_length", self.context_length, "> 2")
-        _require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "in (0, 1]")
-        _require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "in [0, 1)")
-        _require(self.image_image_weight >= 0, "image_image_weight", self.image_image_weight, ">= 0")
+        require(self.context_length > 2, "context_length", self.context_length, "> 2")
+        require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "in (0, 1]")
+        require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "in [0, 1)")
+        require(self.image_image_weight >= 0, "image_image_weight", self.image_image_weight, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +219,7 @@ class PriorConfig(RunConfig):
     caption_dropout: float = 0.1
 
     def __post_init__(self):
-        _require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
+        require(0 <= self.caption_dropout < 1, "caption_dropout", self.caption_dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +242,12 @@ class LoraConfig:
     of its caption, as drawing does, so that adapters teach what the prior does not know. That takes longer."""
 
     def __post_init__(self):
-        _choose("lora.image_embeddings", self.image_embeddings, ("image", "prior"))
-        _require(self.rank > 0, "lora.rank", self.rank, "> 0")
-        _require(self.alpha is None or 0 < self.alpha < inf, "lora.alpha", self.alpha, "> 0 or null")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        choose("lora.image_embeddings", self.image_embeddings, ("image", "prior"))
+        require(self.rank > 0, "lora.rank", self.rank, "> 0")
+        require(self.alpha is None or 0 < self.alpha < inf, "lora.alpha", self.alpha, "> 0 or null")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for name in ("target_modules", "text_target_modules"):
-            _require(len(getattr(self, name)) > 0, f"lora.{name}", getattr(self, name), "a list of at least one name")
+            require(len(getattr(self, name)) > 0, f"lora.{name}", getattr(self, name), "a list of at least one name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,11 +316,11 @@ class LdmConfig(RunConfig):
     what is predicted are its own."""
 
     def __post_init__(self):
-        _choose("objective", self.objective, ("simple", "vlb", "hybrid"))
-        _choose("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
-        _choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
-        _choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
-        _choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
+        choose("objective", self.objective, ("simple", "vlb", "hybrid"))
+        choose("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
+        choose("prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
+        choose("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
         in_pixels, simple, lora = self.autoencoder == "none", self.objective == "simple", self.lora is not None
         learned, sampling = self.variance == "learned_range", self.timestep_sampling
         least_dropout = min(self.caption_dropout, self.image_embedding_dropout)
@@ -373,7 +372,7 @@ class LdmConfig(RunConfig):
             (0 <= self.max_noise_level < self.num_train_timesteps, "max_noise_level",
              f"in [0, {self.num_train_timesteps})"),
         ):  # fmt: skip
-            _require(holds, name, getattr(self, name), allowed)
+            require(holds, name, getattr(self, name), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,22 +389,6 @@ class CacheConfig:
     """Images or captions a file: what a killed run has to encode again at most."""
 
     def __post_init__(self):
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "> 0")
-        _require(self.shard_size > 0, "shard_size", self.shard_size, "> 0")
-        _choose("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """What an error says after a name that is not known: the one that was probably meant, or all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
-def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"{name} must be {allowed}, got {value}")
-
-
-def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(value, list(allowed))}")
+        require(self.batch_size > 0, "batch_size", self.batch_size, "> 0")
+        require(self.shard_size > 0, "shard_size", self.shard_size, "> 0")
+        choose("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))

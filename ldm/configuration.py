@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.config import nearest
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 
 Config = TypeVar("Config")
 

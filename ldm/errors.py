@@ -1,7 +1,9 @@
 """How a command fails: one line that names the thing, its value and the remedy, and an exit code. No traceback."""
 
+import difflib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -37,3 +39,21 @@ def exit_code_of(command: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """What an error says after a name that is not known: the one that was probably meant, or all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises UserError, which says what is `allowed`, unless the value of `name` `holds`."""
+    if not holds:
+        raise UserError(f"{name} must be {allowed}, got {value}")
+
+
+def choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError, which names the nearest, unless the value of `name` is one of those `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(value, list(allowed))}")
