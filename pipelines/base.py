@@ -23,6 +23,7 @@ from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import UserError
 from pipelines.checks import check_count, check_prompt, check_scale, check_shape, check_size
 from pipelines.folder import DEFAULT_SETTINGS, PRIOR_COMPONENTS, LatentDiffusionFolder
+from pipelines.reading_once import told
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -215,6 +216,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
             embeds, tokens, masks = (part[batch:] for part in (embeds, tokens, masks))
 
         # 2. Noise -> e_i, num_samples times
+        predict = told(self.prior, embeds, tokens, masks)
         shape = (batch, self.prior.config.embedding_dim)
         samples = []
         for source in _sources(generator, num_samples):
@@ -230,13 +232,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
                 if isinstance(self.prior_scheduler, UnCLIPScheduler):  # it does not know its own steps
                     options["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 model_input = self.prior_scheduler.scale_model_input(torch.cat([sample] * 2) if guided else sample, t)
-                prediction = self.prior(
-                    model_input,
-                    timestep=t,
-                    proj_embedding=embeds,
-                    encoder_hidden_states=tokens,
-                    attention_mask=masks,
-                ).predicted_image_embedding
+                prediction = predict(model_input, t)
                 if guided:
                     prediction = classifier_free_guidance(*prediction.chunk(2), guidance_scale)
                 sample = self.prior_scheduler.step(prediction, t, sample, **options, return_dict=False)[0]

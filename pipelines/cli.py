@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
+from pipelines import deferred
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components
 from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
@@ -36,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def console() -> None:
     """The command as installed."""
     if sys.argv[1:2] == ["generate"]:
-        # transformers and diffusers import these wherever they are installed, a second or more; drawing needs none
-        sys.modules.update(dict.fromkeys(("scipy", "sklearn", "bitsandbytes")))
+        deferred.leave_out()
         if not any(argument.partition("=")[0] == "--lora" for argument in sys.argv):
             sys.modules["peft"] = None
     main()
@@ -307,12 +307,13 @@ def _be_quiet() -> None:
 
 def _open(folder: Path):
     """The model, on an accelerator where there is one."""
-    _be_quiet()
     import torch
 
-    from pipelines.text_to_image import LatentDiffusionPipeline
+    with deferred.without_compiler():
+        _be_quiet()
+        from pipelines.text_to_image import LatentDiffusionPipeline
 
-    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+        pipe = LatentDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: shown on terminals only
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 

@@ -17,6 +17,7 @@ from ldm.errors import UserError
 from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_share, known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing, timesteps_of_strength
+from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures, read_pictures, size_of, size_to_draw
 
 
@@ -25,6 +26,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -21,6 +21,7 @@ from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_share, known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing, timesteps_of_strength
 from pipelines.image_to_image import check_pictures_of
+from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures, read_masks, read_pictures, size_of, size_to_draw
 
 
@@ -29,6 +30,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         prompt: str | list[str] | None = None,

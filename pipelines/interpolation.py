@@ -21,6 +21,7 @@ from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import check_count, check_prompt, known_arguments
 from pipelines.drawing import Callback, Condition, check_generator
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
+from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures
 
 
@@ -29,6 +30,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         prompt: str | list[str] | None = None,

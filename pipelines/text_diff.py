@@ -19,6 +19,7 @@ from pipelines.checks import check_count, check_prompt, check_share, known_argum
 from pipelines.drawing import Callback
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
 from pipelines.interpolation import frames_of, image_part
+from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures
 
 
@@ -29,6 +30,7 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         image: Pictures | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipelines.base import Generators, PriorPrompt, step_options
 from pipelines.checks import known_arguments
 from pipelines.drawing import Callback, LatentDiffusionDrawing
+from pipelines.packing import draws_packed
 
 
 class LatentDiffusionPipeline(LatentDiffusionDrawing):
@@ -25,6 +26,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -17,6 +17,7 @@ from pipelines.checks import check_count, check_prompt, known_arguments
 from pipelines.drawing import Callback
 from pipelines.image_to_image import check_pictures_of
 from pipelines.image_tower import LatentDiffusionFromImages
+from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures
 
 
@@ -25,6 +26,7 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
 
     @known_arguments
     @torch.no_grad()
+    @draws_packed
     def __call__(
         self,
         image: Pictures | None = None,
