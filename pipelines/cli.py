@@ -4,6 +4,7 @@ Nothing heavy is imported before the arguments are checked, so that a mistake is
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -29,22 +30,21 @@ LARGEST_SEED = 2**63 - 1
 IMAGES_AT_ONCE = 16
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0, 2 for what the user gave, 1 for a failure (`ldm/errors.py`)."""
-    sys.exit(exit_code_of(lambda: _run(argv)))
+def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
+    """Runs the command and exits: 0, 2 for what the user gave, 1 for a failure (`ldm/errors.py`).
+
+    `alone`: nothing else happens in this process, so that `generate` imports no more than it needs.
+    """
+    sys.exit(exit_code_of(lambda: _run(argv, alone)))
 
 
 def console() -> None:
     """The command as installed."""
-    if sys.argv[1:2] == ["generate"]:
-        deferred.leave_out()
-        if not any(argument.partition("=")[0] == "--lora" for argument in sys.argv):
-            sys.modules["peft"] = None
-    main()
+    main(alone=True)
 
 
-def _run(argv: Sequence[str] | None) -> None:
-    arguments = _parser().parse_args(argv)
+def _run(argv: Sequence[str] | None, alone: bool) -> None:
+    arguments = _parser().parse_args(argv, argparse.Namespace(alone=alone))
     with warnings.catch_warnings():  # which also restores how they are shown
         warnings.showwarning = _show_in_one_line
         arguments.command(arguments)
@@ -158,7 +158,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
-    pipe, given = _open(folder), {}
+    if arguments.alone:
+        deferred.leave_out(*deferred.NEVER, *(["peft"] if arguments.lora is None else []))
+    pipe, given = _open(folder, arguments.alone), {}
     if arguments.lora is not None:
         pipe.load_lora_weights(arguments.lora)
         pipe.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
@@ -305,11 +307,11 @@ def _be_quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _open(folder: Path):
+def _open(folder: Path, alone: bool):
     """The model, on an accelerator where there is one."""
     import torch
 
-    with deferred.without_compiler():
+    with deferred.drawing_alone() if alone else contextlib.nullcontext():
         _be_quiet()
         from pipelines.text_to_image import LatentDiffusionPipeline
 

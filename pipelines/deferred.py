@@ -8,34 +8,36 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-ABSENT = ("scipy", "sklearn", "bitsandbytes", "torchvision")
-"""What transformers and diffusers import wherever it is installed."""
+NEVER = ("scipy", "sklearn", "bitsandbytes", "torchvision")
+"""What transformers and diffusers import wherever it is installed, and drawing does not need."""
 COMPILER = "torch._dynamo"
 
 
-def leave_out() -> None:
-    """Makes `ABSENT` look as if they were not installed, in a process that has not imported them yet."""
-    for name in ABSENT:
+def leave_out(*names: str) -> None:
+    """Makes packages look as if they were not installed, in a process that has not imported them yet."""
+    for name in names:
         sys.modules.setdefault(name, None)
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
-    """Inside, functions may be marked for torch's compiler without importing it, which takes a second.
+def drawing_alone() -> Iterator[None]:
+    """For the imports of a process that compiles nothing and is the only one: inside, torch is as if built without
+    `torch.distributed`, and functions may be marked for its compiler without importing that.
 
-    Diffusers, Transformers and torch do that where they are imported and build a model. The marks mean nothing in a
-    process that compiles nothing; afterwards, and for whoever asks for more than marks, there is the compiler itself.
+    Transformers would import all that divides tensors among processes, half a second. Diffusers, Transformers and torch
+    mark functions where they are imported and build a model, and import the compiler for it, a second. The marks mean
+    nothing where nothing is compiled; afterwards, and for whoever asks for more, there is the compiler itself.
     """
     import torch
 
-    if COMPILER in sys.modules:
-        yield
-        return
-    sys.modules[COMPILER] = standing_in = _Marks(COMPILER)
+    standing_in = _Marks(COMPILER)
     standing_in.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]  # of its submodules
+    sys.modules.setdefault(COMPILER, standing_in)
+    distributed, torch.distributed.is_available = torch.distributed.is_available, lambda: False
     try:
         yield
     finally:
+        torch.distributed.is_available = distributed
         standing_in.make_way()
 
 

@@ -12,6 +12,7 @@ and the pictures, which must not differ by more than 1/255.
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -145,22 +146,33 @@ def compare(
     The first round is not counted: it warms the files' cache and the libraries.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    worked: dict[str, list[float]] = {side: [] for side in sides}
     drawn = {side: draw() for side, draw in sides.items()}
     for number in range(rounds):
         for side in list(sides) if number % 2 else reversed(sides):
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), processor_seconds()
             drawn[side] = sides[side]()
             seconds[side].append(time.perf_counter() - begin)
+            worked[side].append(processor_seconds() - before)
     print(name)
     for side, times in seconds.items():
         shown, unit = (times, "s") if pictures is None else ([pictures / each for each in times], "images/s")
-        print(f"    {side:<8}{statistics.median(shown):8.2f} {unit} ({min(shown):.2f} … {max(shown):.2f})")
+        print(
+            f"    {side:<8}{statistics.median(shown):8.2f} {unit} ({min(shown):.2f} … {max(shown):.2f}), "
+            f"{statistics.median(worked[side]):.2f} s of the processors"
+        )
     if len(sides) > 1:
         before, after = seconds.values()
         rates = sorted(b / a for b, a in zip(before, after, strict=True))
         ratio = statistics.median(before) / statistics.median(after)
         print(f"    ratio of medians {ratio:.2f}×; of single rounds {rates[0]:.2f} … {rates[-1]:.2f}", flush=True)
     return list(drawn.values())
+
+
+def processor_seconds() -> float:
+    """What this process and those it waited for have used, which depends less on what else the machine does."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def check_same(theirs: np.ndarray, ours: np.ndarray) -> None:

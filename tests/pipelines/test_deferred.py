@@ -11,16 +11,17 @@ try:
     console()
 except SystemExit as end:
     assert not end.code, end.code
-left_out = ("torch._dynamo", "scipy", "sklearn", "bitsandbytes", "torchvision")
+left_out = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sklearn", "bitsandbytes", "torchvision")
 print([name for name in left_out if sys.modules.get(name) is not None])
 import torch
 assert torch._dynamo.config.recompile_limit > 0 and torch._dynamo.__file__
+assert torch.distributed.is_available()
 """
 MARK = """
 import sys
-from pipelines.deferred import COMPILER, without_compiler
+from pipelines.deferred import COMPILER, drawing_alone
 import torch
-with without_compiler():
+with drawing_alone():
     mark = torch.compiler.disable(lambda x: x + 1)
     assert COMPILER in sys.modules and not hasattr(sys.modules[COMPILER], "__file__")
     assert sys.argv[1] == "marks" or torch._dynamo.config.recompile_limit > 0  # asks for more than marks
