@@ -231,6 +231,15 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
+    def _set_timesteps(self, settings: Settings) -> Tensor:
+        """All timesteps of the scheduler. It begins with the first, which by itself it would look up: where two are
+        rounded to one number, as in Karras's spacing, it would take the second and run out at the end."""
+        self.scheduler.set_timesteps(settings.num_inference_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        return self.scheduler.timesteps
+
     def _predict(self, latents: Tensor, t: Tensor, condition: Condition, known: Tensor | None = None) -> Tensor:
         """z_t (B, C, h, w) -> the U-Net's guided prediction, (B, C, h, w).
 

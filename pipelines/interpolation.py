@@ -106,13 +106,12 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
             first, last = image_part(ends)
             embeds = slerp(first, last, shares)
         condition = frames_of(ends, shares, embeds)
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        timesteps = self._set_timesteps(settings)
         latents = slerp(noise[0], noise[1], shares) * self.scheduler.init_noise_sigma  # (F, C, h, w)
 
         # z_T -> z_0
         options = step_options(self.scheduler, first_generator(generator), eta)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
             latents = self._call_back(

@@ -89,13 +89,12 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
         # The frames
         shares = torch.linspace(0, largest_share, num_frames, device=device)
         condition = frames_of(start, shares, slerp(embed, embed.norm() * direction.to(embed), shares))
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        timesteps = self._set_timesteps(settings)
         latents = self._first_latents(start, size, generator, latents).repeat(num_frames, 1, 1, 1)
 
         # z_T -> z_0
         options = step_options(self.scheduler, first_generator(generator), eta)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
             latents = self._call_back(

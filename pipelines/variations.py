@@ -84,11 +84,10 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
         )  # fmt: skip
 
         # z_T -> z_0
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=self._execution_device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        timesteps = self._set_timesteps(settings)
         latents = self._first_latents(condition, (height, width), generator, latents)
         options = step_options(self.scheduler, generator, eta)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
             latents = self._call_back(

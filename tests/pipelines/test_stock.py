@@ -120,6 +120,16 @@ def test_same_picture_with_another_scheduler(pipe, tmp_path, scheduler):
     assert np.abs(difference).max() <= 1 / 255
 
 
+def test_a_spacing_that_rounds_two_timesteps_to_one_is_drawn_to_its_end(pipe):
+    """Stock Diffusers begins with the second of them, and asks for a step after the last."""
+    ours = LatentDiffusionPipeline(**pipe.components)
+    cosine = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    ours.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **cosine)
+    ours.set_progress_bar_config(disable=True)
+    image = draw(ours, CASES["one"], num_inference_steps=12, prior_num_inference_steps=2)
+    assert len(set(ours.scheduler.timesteps.tolist())) < 12 and 0.01 < image.std() < 1
+
+
 def test_stable_diffusions_own_folder_opens(stock_without_prior, pipe_without_prior, tmp_path):
     """Saved by stock itself, with its extra entries."""
     stock_without_prior.save_pretrained(tmp_path / "theirs")
