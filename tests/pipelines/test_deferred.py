@@ -3,15 +3,19 @@
 import subprocess
 import sys
 
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
+
 DRAW = """
 import sys
 from pipelines.cli import console
-sys.argv = ["ldm", "generate", "a photo of a cat", "--output", sys.argv[1], "--num-inference-steps", "2"]
+sys.argv = ["ldm", "generate", "a photo of a cat", "--num-inference-steps", "2", "--output", *sys.argv[1:]]
 try:
     console()
 except SystemExit as end:
     assert not end.code, end.code
-left_out = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sklearn", "bitsandbytes", "torchvision")
+left_out = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sklearn", "bitsandbytes", "torchvision", "peft")
 print([name for name in left_out if sys.modules.get(name) is not None])
 import torch
 assert torch._dynamo.config.recompile_limit > 0 and torch._dynamo.__file__
@@ -37,8 +41,17 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_drawing_imports_no_compiler(tmp_path):
-    assert run(DRAW, tmp_path / "cat.png").splitlines()[-1] == "[]"
+def test_draws_without_them_and_with_adapters(tmp_path):
+    """Adapters need PEFT, which a drawing without them does not import."""
+    layer, width = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 192
+    weights = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
+    save_file({f"{layer}.{name}": weight for name, weight in weights.items()}, tmp_path / "lora.safetensors")
+    pictures = []
+    for number, given in enumerate(([], ["--lora", tmp_path / "lora.safetensors"])):
+        left = run(DRAW, tmp_path / f"{number}.png", *given).splitlines()[-1]
+        assert left == "[]" or given, left
+        pictures.append(Image.open(tmp_path / f"{number}.png"))
+    assert ImageChops.difference(*pictures).getbbox() is not None
 
 
 def test_the_compiler_is_there_afterwards_and_for_whoever_asks():
