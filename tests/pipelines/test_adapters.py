@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -303,15 +301,3 @@ def test_the_command_draws_with_them(model, adapters, tmp_path, capsys):
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
     assert not (tmp_path / "no.png").exists()
-
-
-@pytest.mark.parametrize(("option", "kept_out"), [([], True), (["--lora=adapters"], False), (["--lora", "x"], False)])
-def test_the_command_imports_peft_for_adapters_alone(option, kept_out):
-    """Which Diffusers and Transformers import wherever it is: most of a second."""
-    script = (
-        "import sys\nfrom pipelines import cli\ntry:\n    cli.console()\n"
-        "finally:\n    print(sys.modules.get('peft', 'free') is None)"
-    )
-    command = [sys.executable, "-c", script, "generate", *option, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, str(kept_out)), result.stderr
