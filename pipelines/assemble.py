@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ldm.components.configs import SCHEDULERS, read_json
@@ -50,20 +52,31 @@ def assemble(
     check_fit(folders)
     output = check_output_folder(output)
 
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as partial:
         partial.mkdir(parents=True)
         _save_pipeline(folders, partial, dtype)
         _keep_training({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}, partial)
         _make_readable(partial)
+    return output
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Gives a folder to write into, beside `output` (`check_output_folder`), which it becomes unless something fails.
+
+    Raises:
+        RunError: the disk failed; nothing is left behind.
+    """
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        yield partial
         if output.exists():
-            output.rmdir()  # empty: checked above
+            output.rmdir()  # empty, as was checked
         partial.rename(output)
     except OSError as error:
         raise RunError(f"'{output}' could not be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return output
 
 
 def check_output_folder(output: str | Path) -> Path:

@@ -19,7 +19,7 @@ from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines import deferred
 from pipelines.arguments import ArgumentParser
-from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components
+from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components, written_whole
 from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
@@ -197,16 +197,8 @@ def export_clip(arguments: argparse.Namespace) -> None:
     _be_quiet()
     from ldm.clip.published import export
 
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as partial:
         export(arguments.name, arguments.pretrained, partial)
-        if output.exists():
-            output.rmdir()  # empty: checked above
-        partial.rename(output)
-    except OSError as error:
-        raise RunError(f"'{output}' could not be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(output)
 
 
