@@ -24,7 +24,7 @@ class Pixels(torch.utils.data.Dataset):
         side = images.config.image_size
         self.latent_shape = (1 if greyscale else 3, side, side)
         self.classes: list[str] = []
-        if class_conditional and isinstance(images, CaptionedStream):
+        if class_conditional and self.is_streamed:
             raise UserError(f"class_conditional: the classes of {images.config.source} are not known before it is read "
                             "to its end; set data.streaming=false")  # fmt: skip
         if class_conditional:
@@ -40,6 +40,14 @@ class Pixels(torch.utils.data.Dataset):
 
     buckets = None
     """All images are of one shape."""
+
+    @property
+    def is_streamed(self) -> bool:
+        return isinstance(self.images, CaptionedStream)
+
+    def excerpt(self, count: int) -> "Pixels":
+        """Of a stream the first `count`, which can be addressed."""
+        return Pixels(self.images.excerpt(count), self.greyscale, class_conditional=False)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -81,12 +81,14 @@ def validation_losses(
 def try_step(accelerator: Accelerator, task: Task, micro_batch_size: int) -> None:
     """The gradients of some loss of so many samples, for the memory they take."""
     share, draw = Share(micro_batch_size), torch.Generator()
-    indices = range(len(task.data))
-    if task.data.buckets is not None:  # the images of the most numbers
-        largest = max(range(len(task.data.buckets)), key=lambda bucket: prod(task.data.latent_shapes[bucket]))
-        indices = task.data.buckets[largest].tolist()
+    is_streamed = task.data.is_streamed if isinstance(task.data, Pixels) else isinstance(task.data, CaptionedStream)
+    data = task.data.excerpt(1) if is_streamed else task.data
+    indices = range(len(data))
+    if data.buckets is not None:  # the images of the most numbers
+        largest = max(range(len(data.buckets)), key=lambda bucket: prod(data.latent_shapes[bucket]))
+        indices = data.buckets[largest].tolist()
     places = [(0, indices[number % len(indices)]) for number in range(micro_batch_size)]
-    batch = task.encoded(task.data.__getitems__(places))
+    batch = task.encoded(data.__getitems__(places))
     conditions = task.conditions(batch, draw, share, share.slice(0))
     z_t = batch["latent_mean"].to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.autocast():

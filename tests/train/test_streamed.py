@@ -109,6 +109,14 @@ def test_two_processes_read_shards_of_their_own_and_know_where_each_was(argument
     assert "2 processes were reading" in line and "start as many as before" in line
 
 
+def test_a_micro_batch_is_found_from_the_first_sample(arguments_for, run_script, tmp_path):
+    found = "training.find_micro_batch=true"
+    for name, further in (("plain", ()), ("searched", (found,))):
+        assert run_script("ldm", arguments_for("ldm", tmp_path / name, *further)) == 0
+    one, two = (load_file(tmp_path / n / "checkpoints/step-000008/model.safetensors") for n in ("plain", "searched"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_what_cannot_be_streamed_is_told(arguments_for, arguments_of, runs, fails, tmp_path):
     assert "class_conditional" in fails("ldm", arguments_for("ldm", tmp_path / "run", "class_conditional=true"))
     streamed = ["data.source=shapes", "data.streaming=true", "data.max_images=null"]
