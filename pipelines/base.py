@@ -169,8 +169,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         return output.text_embeds, output.last_hidden_state, inputs.attention_mask.bool().to(device)
 
     def _read_for_prior(self, texts: list[str], device: torch.device) -> PriorPrompt:
-        parts = (self._embed_for_prior(read, device) for read in ([""] * len(texts), texts))
-        return PriorPrompt(*(torch.cat(both) for both in zip(*parts, strict=True)))
+        return PriorPrompt(*self._embed_for_prior([""] * len(texts) + texts, device))
 
     # ---- the prior ---------------------------------------------------------------------------------------------------
 
@@ -208,7 +207,8 @@ class LatentDiffusionBase(LatentDiffusionFolder):
 
         # 1. e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L); those of "" before them
         embeds, tokens, masks = (
-            part.repeat_interleave(num_images_per_prompt, dim=0) for part in self._check_prior_prompt(prompt_embeds)
+            part.repeat_interleave(num_images_per_prompt, dim=0)
+            for part in self._check_prior_prompt(prompt_embeds, device)
         )
         batch = len(embeds) // 2
         text_embeds = embeds[batch:]
@@ -241,9 +241,9 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         # 3. The one closest to the text
         return best_of(torch.stack(samples, dim=1), text_embeds)
 
-    def _check_prior_prompt(self, prompt: PriorPrompt) -> PriorPrompt:
-        """Where it is computed. Raises `UserError` unless it is of the prior's sizes."""
-        prior, device = self.prior.config, self._execution_device
+    def _check_prior_prompt(self, prompt: PriorPrompt, device: torch.device) -> PriorPrompt:
+        """On the device. Raises `UserError` unless it is of the prior's sizes."""
+        prior = self.prior.config
         if not isinstance(prompt, tuple) or len(prompt) != 3 or not all(isinstance(part, Tensor) for part in prompt):
             raise UserError(
                 f"prior_prompt_embeds is a {type(prompt).__name__}; give what encode_prompt gives last, three tensors"

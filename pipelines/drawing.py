@@ -231,10 +231,10 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def _set_timesteps(self, settings: Settings) -> Tensor:
+    def _set_timesteps(self, condition: Condition) -> Tensor:
         """All timesteps of the scheduler. It begins with the first, which by itself it would look up: where two are
         rounded to one number, as in Karras's spacing, it would take the second and run out at the end."""
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=self._execution_device)
+        self.scheduler.set_timesteps(condition.settings.num_inference_steps, device=condition.prompt_embeds.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         self._num_timesteps = len(self.scheduler.timesteps)
@@ -298,13 +298,12 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         self, condition: Condition, size: tuple[int, int], generator: Generators, given: Tensor | None = None
     ) -> Tensor:
         """Standard normal (B, C, h, w) for images of `size`, (H, W), drawn or given."""
-        factor, channels = self.vae_scale_factor, self.vae.config.latent_channels
+        factor, channels, embeds = self.vae_scale_factor, self.vae.config.latent_channels, condition.prompt_embeds
         shape = (condition.batch, channels, size[0] // factor, size[1] // factor)
         if given is None:
-            dtype = condition.prompt_embeds.dtype
-            given = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+            given = randn_tensor(shape, generator=generator, device=embeds.device, dtype=embeds.dtype)
         check_shape("latents", given, shape)
-        return given.to(self._execution_device)
+        return given.to(embeds.device)
 
     def _first_latents(
         self, condition: Condition, size: tuple[int, int], generator: Generators, given: Tensor | None = None

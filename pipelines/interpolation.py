@@ -106,7 +106,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
             first, last = image_part(ends)
             embeds = slerp(first, last, shares)
         condition = frames_of(ends, shares, embeds)
-        timesteps = self._set_timesteps(settings)
+        timesteps = self._set_timesteps(condition)
         latents = slerp(noise[0], noise[1], shares) * self.scheduler.init_noise_sigma  # (F, C, h, w)
 
         # z_T -> z_0

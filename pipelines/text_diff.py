@@ -89,7 +89,7 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
         # The frames
         shares = torch.linspace(0, largest_share, num_frames, device=device)
         condition = frames_of(start, shares, slerp(embed, embed.norm() * direction.to(embed), shares))
-        timesteps = self._set_timesteps(settings)
+        timesteps = self._set_timesteps(condition)
         latents = self._first_latents(start, size, generator, latents).repeat(num_frames, 1, 1, 1)
 
         # z_T -> z_0

@@ -104,7 +104,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         )  # fmt: skip
 
         # z_T -> z_0
-        timesteps = self._set_timesteps(settings)
+        timesteps = self._set_timesteps(condition)
         latents = self._first_latents(condition, (height, width), generator, latents)
         options = step_options(self.scheduler, generator, eta)
         for i, t in enumerate(self.progress_bar(timesteps)):
