@@ -1,10 +1,11 @@
-"""Networks with rearranged weights, and a prior that reads its text once, compute what they computed before."""
+"""Networks with rearranged weights, and those that read their text once, compute what they computed before."""
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from pipelines.packing import packed
+from pipelines.packing import LEAST, packed
 from pipelines.reading_once import told
 
 
@@ -16,8 +17,9 @@ def layers() -> nn.Sequential:
         nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2, bias=False),
         nn.Conv2d(8, 4, 1),
         nn.Flatten(2),
-        nn.Linear(16, 5),
-        nn.Linear(5, 3, bias=False),
+        nn.Linear(16, 512),
+        nn.Linear(512, 512),  # of five images large enough for oneDNN
+        nn.Linear(512, 3, bias=False),
     )
 
 
@@ -31,9 +33,10 @@ def test_computes_the_same_for_every_shape_and_leaves_no_trace():
     network = layers()
     inputs = [torch.randn(count, 3, 8, 8) for count in (2, 1, 5, 2)]
     inputs.append(inputs[0].to(memory_format=torch.channels_last))
+    assert len(inputs[2]) * 4 * 512**2 >= LEAST
     before = [network(x) for x in inputs]
     with packed(network):
-        assert forwards(network) == 5
+        assert forwards(network) == 6
         inside = [network(x) for x in inputs]
     assert forwards(network) == 0
     for one, other in zip(before, inside, strict=True):
@@ -67,10 +70,43 @@ def test_leaves_alone_what_it_cannot_compute():
             assert forwards(half) == 0
         network[0].forward = lambda x: torch.zeros(len(x), 8, 8, 8)  # another's, which stays
         with packed(network):
-            assert forwards(network) == 5 and not network[0](torch.ones(1, 3, 8, 8)).any()
+            assert forwards(network) == 6 and not network[0](torch.ones(1, 3, 8, 8)).any()
         assert forwards(network) == 1
         with packed(None):  # a pipeline without a U-Net
             pass
+
+
+@torch.no_grad()
+def test_attention_reads_a_text_once_and_another_anew():
+    torch.manual_seed(0)
+    attention = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
+    read = []
+    attention.to_k.register_forward_hook(lambda *_: read.append(1))
+    text, x = torch.randn(2, 5, 6), torch.randn(2, 9, 8)
+    with packed(attention):
+        inside = [attention(step * x, text) for step in range(3)]
+        assert len(read) == 1
+        text[0, 0] = 1  # in place, as a callback may
+        inside += [attention(x, text), attention(x[:1], text[1:])]
+        assert len(read) == 3
+        masked = attention(x, text, attention_mask=torch.zeros(2, 1, 5))
+    torch.testing.assert_close(inside[3], masked)
+    torch.testing.assert_close(inside[3], attention(x, text))
+    torch.testing.assert_close(inside[4], attention(x[:1], text[1:]))
+    assert not torch.allclose(inside[1], inside[3])
+
+
+@torch.no_grad()
+def test_attention_to_itself_computes_the_same_and_other_ways_to_attend_stay():
+    torch.manual_seed(0)
+    attention, x = Attention(query_dim=8, heads=2, dim_head=4), torch.randn(2, 9, 8)
+    with packed(attention):
+        inside = [attention(step * x) for step in range(3)]
+    for step in range(3):
+        torch.testing.assert_close(inside[step], attention(step * x))
+    attention.set_processor(AttnProcessor())
+    with packed(attention):
+        assert "forward" not in vars(attention)
 
 
 def test_the_unet_is_packed_throughout_a_call(family):
