@@ -58,15 +58,20 @@ def export(name: str, pretrained: str | None, folder: Path) -> None:
         UserError: there is no such model, it has no safetensors, or transformers has no such tower.
     """
     found = find(name, pretrained)
+    model = load(found)
+    tokenizer = clip_tokenizer(found.config["text_cfg"].get("context_length", 77))
+    save(model, tokenizer, folder, _image_processor(model.visual.image_size[0], found.preprocessing))
+
+
+def load(found: Published) -> open_clip.CLIP:
+    """The model with its weights, in evaluation mode. Raises `UserError` as `export` does."""
     check_supported(found)
     config = found.config
-    vision = config["vision_cfg"]
     model = open_clip.CLIP(
-        config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False)
+        config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=config.get("quick_gelu", False)
     ).eval()
     _fill(model, found)
-    tokenizer = clip_tokenizer(config["text_cfg"].get("context_length", 77))
-    save(model, tokenizer, folder, _image_processor(vision.get("image_size", 224), found.preprocessing))
+    return model
 
 
 def find(name: str, pretrained: str | None) -> Published:

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import UserError, exit_code_of
+from ldm.evaluation.distances import frechet_distance
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
 from tests.benchmarks import cifar10_classifier
 from tests.benchmarks.cifar10_classifier import CLASSES
-from tests.benchmarks.frechet import frechet_distance
 
 FLOOR_SUBSETS = 10
 GRID_COLUMNS = 10

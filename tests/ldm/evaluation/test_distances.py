@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.benchmarks.frechet import frechet_distance, mean_and_root
+from ldm.evaluation.distances import frechet_distance, gaussian_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -83,7 +83,7 @@ def test_few_samples_are_biased_upwards():
 
 def test_root_squares_to_the_covariance():
     x = normal(90, 5, seed=21) @ normal(5, 5, seed=22) + 4
-    mean, root = mean_and_root(x)
+    mean, root = gaussian_of(x)
     torch.testing.assert_close(mean, x.mean(0))
     torch.testing.assert_close(root, root.T)
     torch.testing.assert_close(root @ root, torch.cov(x.T))
