@@ -74,7 +74,7 @@ def read_right(logits: Tensor, names: Sequence[str], captions: Sequence[str]) ->
         UserError: shapes that do not match, logits that are not finite, or captions of which none names a label.
     """
     if logits.ndim != 2 or logits.shape != (len(captions), len(names)) or not len(captions):
-        raise UserError(f"logits must be ({len(captions) or 1}, {len(names)}), a row a caption and a column a label, got "
+        raise UserError(f"logits must be ({len(captions) or 1}, {len(names)}), captions by labels, got "
                         f"{tuple(logits.shape)}")  # fmt: skip
     if not torch.isfinite(logits).all():
         raise UserError("the classifier's logits are not finite; its weights are damaged")

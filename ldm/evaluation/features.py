@@ -10,14 +10,11 @@ or a pipeline with an `image_encoder`. Pictures are resized whole to the network
 """
 
 import hashlib
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +26,12 @@ from ldm import hub
 from ldm.clip import published
 from ldm.components.configs import read_json
 from ldm.components.weights import check_finite, read_headers
-from ldm.errors import RunError, UserError
+from ldm.errors import UserError
+from ldm.evaluation.downloads import download
 from ldm.files import sha256
 
 OPEN_CLIP = "open_clip:"
 BATCH_SIZE = 64
-DOWNLOAD_SILENCE = 20.0
-"""Seconds after which a server that sends nothing is given up."""
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
 """Of a repository, what is downloaded."""
@@ -52,7 +48,7 @@ class _Network:
     read: Callable[[Tensor], Tensor]
     """Images (B, 3, H, W) in [0, 1], of any size, on any device -> a row of numbers each."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, 3 or 1, H, W) in [0, 1] -> (N, …) float32 on the CPU.
 
@@ -146,8 +142,10 @@ def resized(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 def _probed(name: str, image_size: int, read: Callable[[Tensor], Tensor]) -> int:
     """How many numbers a network makes of an image. Raises UserError where it does not take those of its resolution."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             shape = tuple(read(torch.full((2, 3, image_size, image_size), 0.5)).shape)
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:160]
         raise UserError(f"'{name}' does not take images of {image_size} × {image_size}, which its "
@@ -178,41 +176,6 @@ def _inception(device: torch.device) -> FeatureNetwork:
     )
 
 
-def download(url: str) -> None:
-    """Weights that torch.hub keeps, fetched where they are not in its cache and checked by the hash in their name.
-
-    Raises:
-        UserError: they are not there and cannot be had, or hold anything but tensors.
-        RunError: the download broke off.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    try:
-        with _given_up_after(DOWNLOAD_SILENCE):
-            torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-            )
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(
-            f"{url} cannot be reached ({type(error).__name__}); fetch it elsewhere, into {folder}"
-        ) from None
-    except Exception as error:  # of the file: unpickling knows many
-        if (folder / url.rpartition("/")[2]).is_file():
-            raise UserError(
-                f"'{folder / url.rpartition('/')[2]}' is damaged ({type(error).__name__}); delete it"
-            ) from None
-        raise RunError(f"the download of {url} broke off ({type(error).__name__}); run it again") from None
-
-
-@contextmanager
-def _given_up_after(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _open_clip_tower(name: str, device: torch.device) -> FeatureNetwork:
     """'open_clip:MODEL/TAG', 'open_clip:MODEL/FILE.safetensors' or 'open_clip:hf-hub:OWNER/REPOSITORY'."""
     model, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
@@ -228,7 +191,7 @@ def _open_clip_tower(name: str, device: torch.device) -> FeatureNetwork:
 
     return FeatureNetwork(
         name=name,
-        weights=f"{pretrained or found.weights.name}, {_fingerprint([found.weights])}",
+        weights=f"{pretrained or found.weights.name}, {fingerprint([found.weights])}",
         image_size=size,
         size=_probed(name, size, read),
         read=read,
@@ -271,7 +234,7 @@ def _open_folder(name: str, device: torch.device) -> _Opened:
             raise UserError(f"'{name}': {type(model).__name__} pools nothing of an image; take another network")
         return pooled.flatten(1)
 
-    weights = f"{folder.name}, {_fingerprint(sorted(root.glob('model*.safetensors')))}"
+    weights = f"{folder.name}, {fingerprint(sorted(root.glob('model*.safetensors')))}"
     if not type(model).__name__.endswith("ForImageClassification"):
         return _Opened(type(model).__name__, weights, size, embeddings, None, {})
 
@@ -294,16 +257,29 @@ def _load(name: str, root: Path) -> PreTrainedModel:
                         "classifier")  # fmt: skip
     check_finite(root.name, read_headers(root, "model"))
     try:
-        model, report = kind.from_pretrained(
-            root, output_loading_info=True, use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+        with _quietly():
+            model, report = kind.from_pretrained(
+                root, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
+                local_files_only=True, dtype=torch.float32,
+            )  # fmt: skip
+    except Exception as error:  # of the configuration or the network: transformers wraps neither
         raise UserError(f"'{name}' cannot be opened as {architecture}: {' '.join(str(error).split())[:160]}") from None
     for fault in ("missing_keys", "mismatched_keys"):
         if report[fault]:
             first = sorted(map(str, report[fault]))[0]
             raise UserError(f"'{name}': config and weights disagree, {fault.replace('_', ' ')}: {first}; copy it again")
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own report of what does not fit, which is many lines."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _class_in_transformers(architecture: object) -> type[PreTrainedModel] | None:
@@ -363,7 +339,7 @@ def _reader_of_penultimate(
     return features
 
 
-def _fingerprint(files: list[Path]) -> str:
+def fingerprint(files: list[Path]) -> str:
     """The start of a file's sha256, or that of several files' sha256s one after the other."""
     sums = [sha256(file) for file in files]
     whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()

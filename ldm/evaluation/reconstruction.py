@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.evaluation.downloads import cached, download
 
 SMALLEST_FOR_SSIM = 11
 """Pixels a side: the width of its window."""
@@ -54,12 +55,10 @@ def open_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor],
         return None
     from torchvision.models import AlexNet_Weights
 
-    from ldm.evaluation.features import download
-
     download(AlexNet_Weights.DEFAULT.url)  # refuses what holds more than tensors, before torchvision unpickles it
     network = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).net.to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def lpips(originals: Tensor, reconstructions: Tensor) -> Tensor:
         originals, reconstructions = _pair(originals, reconstructions, SMALLEST_FOR_LPIPS)
         pair = (x.expand(-1, 3, -1, -1).to(device) for x in (originals, reconstructions))
@@ -72,7 +71,7 @@ def lpips_weights() -> Path:
     """Where `python -c 'import torchvision; torchvision.models.alexnet(weights="DEFAULT")'` puts AlexNet's weights."""
     from torchvision.models import AlexNet_Weights
 
-    return Path(torch.hub.get_dir()) / "checkpoints" / AlexNet_Weights.DEFAULT.url.rpartition("/")[2]
+    return cached(AlexNet_Weights.DEFAULT.url)
 
 
 def _pair(originals: Tensor, reconstructions: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 from ldm.errors import UserError, exit_code_of
+from ldm.evaluation import features as evaluation
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB = "uoft-cs/cifar10"
@@ -78,6 +79,34 @@ def load() -> Classifier:
     model = Classifier()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval().requires_grad_(False)
+
+
+def feature_network() -> evaluation.FeatureNetwork:
+    """The judge, as what the measures of `ldm.evaluation` take for features: (N, 256)."""
+    model = load()
+    return evaluation.FeatureNetwork(
+        name="cifar10_classifier",
+        weights=f"{WEIGHTS.name}, {evaluation.fingerprint([WEIGHTS])}",
+        image_size=32,
+        size=256,
+        read=lambda images: model(_of_unit_interval(images))[1],
+    )
+
+
+def reader() -> evaluation.Classifier:
+    """The judge, as what reads pictures there."""
+    model = load()
+    return evaluation.Classifier(
+        name="cifar10_classifier",
+        weights=f"{WEIGHTS.name}, {evaluation.fingerprint([WEIGHTS])}",
+        image_size=32,
+        names=CLASSES,
+        read=lambda images: model(_of_unit_interval(images))[0],
+    )
+
+
+def _of_unit_interval(images: Tensor) -> Tensor:
+    return (evaluation.resized(images, 32) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

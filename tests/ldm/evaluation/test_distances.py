@@ -1,8 +1,21 @@
+"""Distances against closed forms and properties; against other implementations in test_against_others.py."""
+
 import pytest
 import torch
 from torch import Tensor
 
-from ldm.evaluation.distances import frechet_distance, gaussian_of
+from ldm.errors import UserError
+from ldm.evaluation import distances
+from ldm.evaluation.distances import (
+    bootstrap,
+    few_images,
+    frechet_distance,
+    gaussian_of,
+    kernel_distance,
+    nearest,
+    neighbour_intervals,
+    neighbour_measures,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -99,5 +112,122 @@ def test_root_squares_to_the_covariance():
     ],
 )
 def test_refuses_what_it_cannot_measure(a, b, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         frechet_distance(a, b)
+
+
+def test_a_gaussian_stands_for_its_features():
+    a, b = normal(40, 5, seed=23), normal(60, 5, seed=24) + 1
+    assert frechet_distance(gaussian_of(a), b) == frechet_distance(a, gaussian_of(b)) == frechet_distance(a, b)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "said"),
+    [(256, 256, "singular"), (257, 256, "too high"), (9_999, 2048, "too high"), (10_000, 2048, None)],
+)
+def test_warns_of_few_images(images, size, said):
+    warning = few_images(images, size)
+    assert (warning is None) if said is None else (said in warning and str(images) in warning)
+
+
+def test_kernel_distance_of_two_points_by_hand():
+    """k = (x·y / F + 1)³ with F = 1: k(0, ·) = 1, k(1, 1) = 8, so that the estimate is 1 + 8 - 2 · 1."""
+    a, b = torch.zeros(2, 1), torch.ones(2, 1)
+    assert kernel_distance(a, b, subset_size=2, subsets=3, seed=0) == pytest.approx((7.0, 0.0))
+
+
+def test_kernel_distance_is_unbiased_and_keyed():
+    a, b = normal(400, 4, seed=25), normal(400, 4, seed=26)
+    mean, spread = kernel_distance(a, b, subset_size=40, subsets=100, seed=1)
+    assert abs(mean) < spread
+    assert kernel_distance(a, b, 40, 100, seed=1) == (mean, spread) != kernel_distance(a, b, 40, 100, seed=2)
+
+
+def on_a_line(*points: float) -> Tensor:
+    return torch.tensor(points)[:, None]
+
+
+def test_neighbour_measures_by_hand():
+    """k = 1. The balls of 0, 1, 5 reach 1, 1 and 4; those of 0.5, 9.5, 20 reach 9, 9 and 10.5. Drawn 0.5 lies in two
+    balls, 9.5 and 20 in none; all real ones lie in the ball of 0.5; the balls of 0 and 1 hold a drawn one."""
+    measured = neighbour_measures(on_a_line(0, 1, 5), on_a_line(0.5, 9.5, 20), k=1)
+    assert measured == pytest.approx({"precision": 1 / 3, "recall": 1, "density": 2 / 3, "coverage": 2 / 3})
+
+
+def test_neighbour_measures_of_one_distribution_and_of_two_apart():
+    real, drawn = normal(300, 4, seed=27), normal(300, 4, seed=28)
+    same, apart = neighbour_measures(real, drawn, k=5), neighbour_measures(real, drawn + 100, k=5)
+    assert same["precision"] > 0.9 and same["recall"] > 0.9 and same["coverage"] > 0.9
+    assert same["density"] == pytest.approx(1, abs=0.15)
+    assert apart == dict.fromkeys(apart, 0.0)
+
+
+def test_a_model_that_draws_one_image_has_precision_and_no_recall():
+    real = normal(200, 4, seed=29)
+    measured = neighbour_measures(real, real.mean(0) + 1e-3 * normal(200, 4, seed=30), k=3)
+    assert measured["precision"] == 1 and measured["recall"] < 0.05 and measured["coverage"] < 0.3
+
+
+def test_chunks_make_no_difference(monkeypatch):
+    real, drawn = normal(53, 3, seed=31), normal(47, 3, seed=32)
+    whole = neighbour_measures(real, drawn, 3), nearest(drawn, real)[1].tolist()
+    monkeypatch.setattr(distances, "NUMBERS_AT_ONCE", 500)
+    assert (neighbour_measures(real, drawn, 3), nearest(drawn, real)[1].tolist()) == whole
+
+
+def test_nearest_finds_copies():
+    references = normal(50, 6, seed=33)
+    queries = torch.cat([references[[7, 31]], references[[4]] + 3])
+    found, which = nearest(queries, references)
+    assert which[:2].tolist() == [7, 31]
+    assert found[:2].max() < 1e-6
+    torch.testing.assert_close(found[2], (queries[2] - references).norm(dim=1).min())
+
+
+def test_bootstrap_of_a_mean_is_the_normal_interval():
+    """Of 400 numbers with standard deviation 1: ± 1.96 / 20."""
+    x = whitened(400, 1, seed=34) + 5
+    low, high = bootstrap(lambda sample: sample.mean().item(), x, rounds=2000, seed=1)
+    assert (low, high) == pytest.approx((5 - 1.96 / 20, 5 + 1.96 / 20), abs=0.006)
+    assert bootstrap(lambda sample: sample.mean().item(), x, rounds=2000, seed=1) == (low, high)
+    narrow = bootstrap(lambda sample: sample.mean().item(), x, rounds=2000, seed=1, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_of_a_distance_holds_the_distance():
+    """Resamples are further off than the sample itself, which must not push the interval off it."""
+    real, drawn = normal(500, 24, seed=35), normal(100, 24, seed=36)
+    reference = gaussian_of(real)
+    low, high = bootstrap(lambda sample: frechet_distance(reference, sample), drawn, rounds=50, seed=0)
+    assert low < frechet_distance(real, drawn) < high
+
+
+def test_intervals_of_neighbour_measures():
+    """Of the precision, a mean over the drawn images, the same as `bootstrap` of its indicators."""
+    real, drawn = normal(150, 3, seed=37), 1.5 * normal(120, 3, seed=38)
+    measured, intervals = neighbour_measures(real, drawn, 3), neighbour_intervals(real, drawn, 3, rounds=200, seed=4)
+    assert intervals.keys() == measured.keys()
+    assert all(low < measured[name] < high for name, (low, high) in intervals.items())
+    radii = torch.cdist(real, real).kthvalue(4, dim=1).values
+    indicators = (torch.cdist(drawn, real) <= radii).any(dim=1).double()
+    expected = bootstrap(lambda sample: sample.mean().item(), indicators, rounds=200, seed=4)
+    assert intervals["precision"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernel_distance(torch.zeros(9, 2), torch.zeros(10, 2), 10, 1, 0), "features_a .* at least 10.* got 9"),
+        (lambda: kernel_distance(torch.zeros(9, 2), torch.zeros(9, 3), 5, 1, 0), "features_b must be of 2 .* got 3"),
+        (lambda: kernel_distance(torch.zeros(9, 2), torch.zeros(9, 2), 1, 1, 0), "subsets of at least 2"),
+        (lambda: neighbour_measures(torch.zeros(9, 2), torch.zeros(5, 2), 5), "drawn .* at least 6 .* got 5"),
+        (lambda: neighbour_measures(torch.full((9, 2), torch.inf), torch.zeros(9, 2), 5), "real .* not finite"),
+        (lambda: neighbour_intervals(torch.zeros(9, 2), torch.zeros(9, 2), 5, 1, 0), "at least 2 rounds, got 1"),
+        (lambda: nearest(torch.zeros(3, 2), torch.zeros(0, 2)), "references .* at least 1"),
+        (lambda: bootstrap(lambda x: 0.0, torch.zeros(3, 2), 5, 0, level=95), r"in \(0, 1\), got 95"),
+    ],
+)
+def test_refuses_in_one_line(call, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
