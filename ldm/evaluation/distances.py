@@ -91,14 +91,37 @@ def kernel_distance(
     return values.mean().item(), values.std(correction=0).item()
 
 
-def _squared_discrepancy(x: Tensor, y: Tensor) -> Tensor:
-    def kernel(u: Tensor, v: Tensor) -> Tensor:
-        return (u @ v.T / u.shape[1] + 1) ** 3
+def kernel_interval(
+    value: float, real: Tensor, drawn: Tensor, rounds: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval (low, high) of `value`, a kernel distance of `drawn` to `real`, as `bootstrap` makes them.
 
+    Of all images rather than of subsets, whose choice would add its own chance; an image that is drawn twice does not
+    meet itself. Raises as `kernel_distance` and `bootstrap` do.
+    """
+    real, drawn = _pair(real, drawn, least=2, names=("real", "drawn"))
+    times = _times(len(drawn), _checked_rounds(rounds, level), seed).to(drawn)  # (R, N)
+    among, to_real = torch.zeros(2, len(times), dtype=torch.float64, device=drawn.device)
+    step = max(1, NUMBERS_AT_ONCE // max(len(real), len(drawn)))
+    for start in range(0, len(drawn), step):
+        part = slice(start, start + step)
+        k = _kernel(drawn[part], drawn)
+        k.diagonal(start).zero_()
+        among += ((times[:, part] @ k) * times).sum(dim=1)
+        to_real += times[:, part] @ _kernel(drawn[part], real).mean(dim=1)
+    pairs = times.sum(dim=1) ** 2 - times.square().sum(dim=1)
+    return _interval(value, (among / pairs - 2 * to_real / len(drawn)).cpu(), level)
+
+
+def _squared_discrepancy(x: Tensor, y: Tensor) -> Tensor:
     def mean_of_others(k: Tensor) -> Tensor:
         return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
-    return mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - 2 * kernel(x, y).mean()
+    return mean_of_others(_kernel(x, x)) + mean_of_others(_kernel(y, y)) - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def neighbour_measures(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
@@ -126,8 +149,7 @@ def neighbour_intervals(
     The balls of the drawn images stay those of the whole set: an image that is drawn twice is no neighbour of itself.
     """
     real, drawn = _pair(real, drawn, least=k + 1, names=("real", "drawn"))
-    resamples = [_resample(len(drawn), seed, number) for number in range(_checked_rounds(rounds, level))]
-    times = torch.stack([index.bincount(minlength=len(drawn)) for index in resamples]).to(drawn)
+    times = _times(len(drawn), _checked_rounds(rounds, level), seed).to(drawn)
     values = _neighbour_measures(real, drawn, k, torch.cat([torch.ones_like(times[:1]), times]))
     return {name: _interval(value[0].item(), value[1:].cpu(), level) for name, value in values.items()}
 
@@ -178,7 +200,8 @@ def bootstrap(
 
     Efron 1979; quantiles of the resamples' deviations from their own mean, put about the measure itself. That mean is
     not used, as images that come twice push distances up and coverage down. What the real images would be, drawn anew,
-    the interval does not say.
+    the interval does not say. Of a Fréchet distance it is wider than need be, by some 40 % for 1,000 images in 256
+    features; of kernel distances and neighbours there are `kernel_interval` and `neighbour_intervals`.
 
     Raises:
         UserError: fewer than two rounds, or a level outside (0, 1).
@@ -192,6 +215,11 @@ def bootstrap(
 
 def _resample(count: int, seed: int, number: int) -> Tensor:
     return torch.randint(count, (count,), generator=generator(seed, "bootstrap", number))
+
+
+def _times(count: int, rounds: int, seed: int) -> Tensor:
+    """How often each image (rounds, count) is in each resample."""
+    return torch.stack([_resample(count, seed, number).bincount(minlength=count) for number in range(rounds)])
 
 
 def _checked_rounds(rounds: int, level: float) -> int:

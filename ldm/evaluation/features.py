@@ -10,8 +10,7 @@ or a pipeline with an `image_encoder`. Pictures are resized whole to the network
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import CLIPConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from ldm import hub
 from ldm.clip import published
@@ -33,7 +32,11 @@ from ldm.files import sha256
 OPEN_CLIP = "open_clip:"
 BATCH_SIZE = 64
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
+FILES = [
+    f"{place}{file}"
+    for place in ("", "image_encoder/", "image_processor/", "feature_extractor/")
+    for file in ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
+]
 """Of a repository, what is downloaded."""
 
 
@@ -257,11 +260,15 @@ def _load(name: str, root: Path) -> PreTrainedModel:
                         "classifier")  # fmt: skip
     check_finite(root.name, read_headers(root, "model"))
     try:
-        with _quietly():
-            model, report = kind.from_pretrained(
-                root, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
-                local_files_only=True, dtype=torch.float32,
-            )  # fmt: skip
+        options = {}
+        if architecture == "CLIPModel":
+            whole = CLIPConfig.from_pretrained(root)
+            whole.vision_config.projection_dim = whole.projection_dim  # which the tower's own part may not say
+            options["config"] = whole.vision_config
+        model, report = kind.from_pretrained(
+            root, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
+            local_files_only=True, dtype=torch.float32, **options,
+        )  # fmt: skip
     except Exception as error:  # of the configuration or the network: transformers wraps neither
         raise UserError(f"'{name}' cannot be opened as {architecture}: {' '.join(str(error).split())[:160]}") from None
     for fault in ("missing_keys", "mismatched_keys"):
@@ -269,17 +276,6 @@ def _load(name: str, root: Path) -> PreTrainedModel:
             first = sorted(map(str, report[fault]))[0]
             raise UserError(f"'{name}': config and weights disagree, {fault.replace('_', ' ')}: {first}; copy it again")
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' own report of what does not fit, which is many lines."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 def _class_in_transformers(architecture: object) -> type[PreTrainedModel] | None:
@@ -328,13 +324,12 @@ def _reader_of_penultimate(
     if not layers:
         raise UserError(f"'{name}': {type(model).__name__} has no linear layer of {model.config.num_labels} labels; "
                         "take another network for features")  # fmt: skip
-    read: list[Tensor] = []
-    layers[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    last: dict[str, Tensor] = {}
+    layers[-1].register_forward_pre_hook(lambda _, inputs: last.update(read=inputs[0]))
 
     def features(images: Tensor) -> Tensor:
-        read.clear()
         logits(images)
-        return read[-1]
+        return last.pop("read")
 
     return features
 

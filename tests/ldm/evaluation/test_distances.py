@@ -12,6 +12,7 @@ from ldm.evaluation.distances import (
     frechet_distance,
     gaussian_of,
     kernel_distance,
+    kernel_interval,
     nearest,
     neighbour_intervals,
     neighbour_measures,
@@ -212,6 +213,18 @@ def test_intervals_of_neighbour_measures():
     indicators = (torch.cdist(drawn, real) <= radii).any(dim=1).double()
     expected = bootstrap(lambda sample: sample.mean().item(), indicators, rounds=200, seed=4)
     assert intervals["precision"] == pytest.approx(expected)
+
+
+def test_interval_of_the_kernel_distance(monkeypatch):
+    """As wide, on average, as the distances of other draws are spread: 95 % within 1.96 standard deviations."""
+    real, draws = normal(300, 4, seed=39), [1.3 * normal(300, 4, seed=100 + number) for number in range(60)]
+    values = [kernel_distance(drawn, real, 300, 1, 0)[0] for drawn in draws]
+    intervals = [kernel_interval(values[number], real, draws[number], rounds=100, seed=0) for number in range(20)]
+    assert all(low < value < high for value, (low, high) in zip(values, intervals, strict=False))
+    width = sum(high - low for low, high in intervals) / 20
+    assert width == pytest.approx(2 * 1.96 * torch.tensor(values).std().item(), rel=0.3)
+    monkeypatch.setattr(distances, "NUMBERS_AT_ONCE", 7 * 300)
+    assert kernel_interval(values[0], real, draws[0], rounds=100, seed=0) == pytest.approx(intervals[0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from open_clip import CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionModelWithProjection,
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -98,6 +101,19 @@ def test_opens_clip_in_each_of_its_folders(tmp_path):
         torch.testing.assert_close(network(x), expected)
 
 
+def test_opens_the_image_tower_of_a_whole_clip(tmp_path):
+    towers = {
+        "text_config": {**SMALL, "vocab_size": 50, "max_position_embeddings": 8},
+        "vision_config": {**SMALL, "image_size": 16, "patch_size": 8},
+    }
+    model = CLIPModel(CLIPConfig(**towers, projection_dim=12)).eval()
+    model.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    x = images(side=16)
+    expected = model.visual_projection(model.vision_model(pixel_values=(x - 0.4) / 0.3).pooler_output)
+    torch.testing.assert_close(open_features(tmp_path)(x), expected.detach())
+
+
 def test_greys_and_other_resolutions_are_seen_too(networks):
     network = open_features(networks / "vit")
     grey = images()[:, :1]
@@ -150,6 +166,12 @@ def test_the_inception_is_torch_fidelitys(monkeypatch):
     levels = (images(2, 8) * 255).round().byte()
     expected = fidelity.FeatureExtractorInceptionV3("any", ["2048"])(levels)[0]
     torch.testing.assert_close(network(levels / 255), expected)
+
+
+def test_without_torch_fidelity_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match=r'pip install "ldm\[evaluation\]"'):
+        open_features("inception")
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
