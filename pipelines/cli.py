@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
-from pipelines import deferred
+from pipelines import deferred, evaluate
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components, written_whole
 from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
@@ -95,6 +95,8 @@ def _parser() -> ArgumentParser:
     exporting.add_argument("--pretrained", metavar="TAG|FILE", help="of the weights; a file must be safetensors")
     exporting.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     exporting.set_defaults(command=export_clip)
+
+    evaluate.add_command(commands, BUNDLED_MODEL)
 
     checking = commands.add_parser("data-check", help="look a data set over before training on it")
     checking.add_argument("source", metavar="SOURCE", help="a folder, a parquet file, or a repository of the Hub")
@@ -185,16 +187,16 @@ def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> N
 def join(arguments: argparse.Namespace) -> None:
     """`ldm assemble`: writes the folder and prints its path."""
     stages = {stage: getattr(arguments, stage) for stage in COMPONENTS}
-    check_fit(find_components(stages))  # as assemble does: before the libraries that _be_quiet imports
+    check_fit(find_components(stages))  # as assemble does: before the libraries that be_quiet imports
     check_output_folder(arguments.output)
-    _be_quiet()
+    be_quiet()
     print(assemble(**stages, output=arguments.output))
 
 
 def export_clip(arguments: argparse.Namespace) -> None:
     """`ldm export-clip`: writes the folder and prints its path."""
     output = check_output_folder(arguments.output)
-    _be_quiet()
+    be_quiet()
     from ldm.clip.published import export
 
     with written_whole(output) as partial:
@@ -216,7 +218,7 @@ def average(arguments: argparse.Namespace) -> None:
     if not (run / "model" / "unet").is_dir():
         raise UserError(f"RUN '{run}' has no model/unet; name the output_dir of a finished run of train_ldm.py")
     check_output_folder(arguments.output)
-    _be_quiet()
+    be_quiet()
     from diffusers import AutoModel
 
     from ldm.training import averages
@@ -247,7 +249,7 @@ def figures(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file; name a folder")
-    _be_quiet()
+    be_quiet()
     from ldm.evaluation.figures import draw_all
 
     for path, said in draw_all(output, Path(arguments.runs).expanduser()):
@@ -289,7 +291,7 @@ def _say_what_it_knows(folder: Path, prompt: str) -> None:
             print(f"note: {knows['says']}", file=sys.stderr)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """No progress bars for opening and writing files, no advice of the libraries."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -304,7 +306,7 @@ def _open(folder: Path, alone: bool):
     import torch
 
     with deferred.drawing_alone() if alone else contextlib.nullcontext():
-        _be_quiet()
+        be_quiet()
         from pipelines.text_to_image import LatentDiffusionPipeline
 
         pipe = LatentDiffusionPipeline.from_pretrained(folder)

@@ -1,0 +1,112 @@
+"""The command `ldm evaluate`: its options, and what can be told of them before anything heavy is imported."""
+
+import argparse
+from pathlib import Path
+
+from ldm.errors import UserError
+from pipelines.checks import check_count, check_scale
+from pipelines.evaluation.settings import check_output
+
+FEWEST = 6
+"""Images; precision and recall look at each image's five neighbours."""
+LARGEST_SEED = 2**63 - 1
+BUNDLED = "the bundled model"
+MODELS = ("A", "B")
+"""Folders of two models' evaluations, where --compare is given models."""
+
+
+def add_command(commands, bundled: Path) -> None:
+    """Adds `evaluate` to the command line's parser. bundled: the model that is taken where none is named."""
+    parser = commands.add_parser("evaluate", help="judge what a model draws, and each of its parts, in figures")
+    add = parser.add_argument
+    add("--model", metavar="FOLDER|REPO", help="default: the bundled one; or a model of pixels of train_ldm.py")
+    add("--revision", metavar="SHA", help="branch, tag or commit of a REPO")
+    add("--data", metavar="SOURCE", help="a folder, parquet file, tar shards, repository of the Hub, or shapes")
+    add("--output", metavar="REPORT", help="a new folder, or that of an evaluation to go on with")
+    add("--split", metavar="NAME", help="whose captions are drawn; default: test, or validation, or the only one")
+    add("--against", metavar="NAME", help="split that the pictures are compared with; default: train, if there is one")
+    add("--num-images", metavar="N", type=int, default=1000, help="to draw; default: 1000")
+    add("--reference-images", metavar="N", type=int, default=10_000, help="at most, to compare with; default: 10000")
+    add("--caption-column", metavar="NAME", help="default: a column of texts, if there is one")
+    add("--caption-template", metavar="TEXT", help="over columns; default: 'a photo of a {label}' over class labels")
+    add("--features", metavar="NETWORK", help="of distances: inception, open_clip:MODEL/TAG, a folder, own")
+    add("--clip", metavar="FOLDER", help="that reads captions; default: the model's own")
+    add("--classifier", metavar="FOLDER", help="in transformers' layout, that reads what each picture shows")
+    add("--num-inference-steps", metavar="N", type=int, help="default: the model's own")
+    add("--guidance-scale", metavar="G", type=float, help="default: the model's own")
+    add("--steps", metavar="N,N,…", type=_list_of(int), help="draws a curve of quality over these")
+    add("--guidance-scales", metavar="G,G,…", type=_list_of(float), help="draws a curve of quality over these")
+    add("--curve-images", metavar="N", type=int, default=200, help="for each point of a curve; default: 200")
+    add("--seed", metavar="N", type=int, default=0, help="of pictures, choice of images and intervals; default: 0")
+    add("--batch-size", metavar="N", type=int, default=50, help="pictures drawn at once; default: 50")
+    add("--compare", metavar=MODELS, nargs=2, help="two reports, or two models, side by side")
+    parser.set_defaults(command=lambda arguments: evaluate(arguments, bundled))
+
+
+def evaluate(arguments: argparse.Namespace, bundled: Path) -> None:
+    """`ldm evaluate`: writes the report and prints its path; or prints two, compared."""
+    if arguments.compare is not None and arguments.model is not None:
+        raise UserError("--model and --compare exclude each other; --compare A B takes two models, or two reports")
+    if arguments.compare is not None and all(
+        (Path(name).expanduser() / "report.json").is_file() for name in arguments.compare
+    ):
+        folders = tuple(Path(name).expanduser() for name in arguments.compare)
+        output = None if arguments.output is None else Path(arguments.output).expanduser()
+        print(_compared(folders, output), end="")
+        return
+    for option in ("data", "output"):
+        if getattr(arguments, option) is None:
+            said = " (--compare was not given two folders that hold a report.json)" if arguments.compare else ""
+            raise UserError(f"--{option} is missing{said}; see `ldm evaluate --help`")
+    _check(arguments)
+    output = Path(arguments.output).expanduser()
+    check_output(output) if arguments.compare is None else [check_output(output / name) for name in MODELS]
+    from pipelines.cli import be_quiet
+
+    be_quiet()
+    from pipelines.evaluation.run import evaluate as evaluate_model
+
+    if arguments.compare is None:
+        print(evaluate_model(arguments, arguments.model or str(bundled), arguments.model or BUNDLED, output))
+        return
+    folders = tuple(output / name for name in MODELS)
+    for model, folder in zip(arguments.compare, folders, strict=True):
+        print(evaluate_model(arguments, model, model, folder))
+    print(_compared(folders, output), end="")
+
+
+def _compared(folders: tuple[Path, Path], output: Path | None) -> str:
+    from pipelines.evaluation.comparison import compare
+
+    return compare(folders, output)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for numbers that cannot be used."""
+    for option, smallest in (("num_images", FEWEST), ("reference_images", FEWEST), ("curve_images", FEWEST),
+                             ("batch_size", 1)):  # fmt: skip
+        value, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
+        if smallest == FEWEST and value < FEWEST:
+            raise UserError(f"{name} is {value}; precision and recall by five neighbours need at least {FEWEST} images")
+        check_count(name, value, smallest)
+    check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED)
+    for steps in (*([arguments.num_inference_steps] if arguments.num_inference_steps is not None else []),
+                  *(arguments.steps or [])):  # fmt: skip
+        check_count("--num-inference-steps", steps)
+    for scale in (*([arguments.guidance_scale] if arguments.guidance_scale is not None else []),
+                  *(arguments.guidance_scales or [])):  # fmt: skip
+        check_scale("--guidance-scale", scale)
+    if arguments.caption_column is not None and arguments.caption_template is not None:
+        raise UserError("--caption-column and --caption-template exclude each other; leave one out")
+
+
+def _list_of(kind: type):
+    def read(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is no list of numbers with commas between, such as 5,10,20"
+            ) from None
+
+    return read

@@ -1,0 +1,1 @@
+"""`ldm evaluate`: what a model draws, and each of its parts alone, in figures and pictures."""

@@ -1,0 +1,96 @@
+"""The images and captions that a model is judged by."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import DataConfig
+from ldm.data.captions import CaptionedImages, open_images
+from ldm.data.splits import captioned, choose_split, splits_of
+from ldm.errors import UserError
+from ldm.training import randomness
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Picture n is drawn from `captions[n]`, which is that of the image `indices[n % len(indices)]`."""
+
+    split: str
+    config: DataConfig
+    images: CaptionedImages
+    indices: list[int]
+    captions: list[str]
+    reference_split: str
+    reference: CaptionedImages
+    """What the pictures are compared with: images that were trained on, where the data say which these are."""
+    reference_indices: list[int]
+
+    @property
+    def made_of(self) -> str:
+        """What captions are made of."""
+        return self.config.caption_column or " ".join(self.config.caption_templates) or "the data's own"
+
+    @property
+    def against(self) -> str:
+        return f"{len(self.reference_indices):,} images of {self.reference_split}"
+
+    @property
+    def has_other_reference(self) -> bool:
+        return self.reference is not self.images
+
+
+def open_judged(
+    source: str,
+    split: str | None,
+    against: str | None,
+    image_size: int,
+    num_images: int,
+    reference_images: int,
+    seed: int,
+    caption_column: str | None,
+    caption_template: str | None,
+) -> Judged:
+    """Opens `source`. Which samples are taken is a function of `seed`, and of a larger `num_images` the first are the
+    same.
+
+    against: the split that pictures are compared with; None: `train` where there is one, or else the captions' own.
+
+    Raises:
+        UserError: no such source or split, or no captions there.
+    """
+    there = splits_of(source)
+    chosen = choose_split(source, there, split)
+    compared = against or ("train" if "train" in there else chosen)
+    if compared not in there:
+        raise UserError(f"--against '{compared}': {source} has {', '.join(there)}")
+    config = captioned(replace(there[chosen], image_size=image_size), caption_column, caption_template)
+    images = open_images(config, seed)
+    reference = images
+    if compared != chosen:
+        own = {name: getattr(there[compared], name) for name in ("source", "split")}
+        reference = open_images(replace(config, **own), seed)
+    order = _order(seed, len(images))
+    indices = order[: min(num_images, len(order))]
+    captions = [images.captions(indices[number % len(indices)])[0] for number in range(num_images)]
+    if empty := [index for index, caption in zip(indices, captions, strict=False) if not caption.strip()]:
+        raise UserError(
+            f"--data {source}: image {empty[0]} of {chosen} has an empty caption, as have {len(empty)} in all"
+        )
+    return Judged(
+        chosen, config, images, indices, captions, compared, reference, _order(seed, len(reference))[:reference_images]
+    )  # fmt: skip
+
+
+def read_images(data: CaptionedImages, indices: list[int], what: str) -> Tensor:
+    """uint8 (N, 3, S, S); the next that can be decoded stands in for one that cannot."""
+    parts = []
+    for start in tqdm(range(0, len(indices), 256), desc=f"reading {what}", leave=False, disable=None):
+        batch = data.__getitems__([(0, index) for index in indices[start : start + 256]])["images"]
+        parts.append(((batch + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def _order(seed: int, length: int) -> list[int]:
+    return torch.randperm(length, generator=randomness.generator(seed, "evaluated images")).tolist()

@@ -1,0 +1,170 @@
+"""What the pictures are worth that a model draws: how near they come to real ones, and whether they show what their
+captions say."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data import shapes
+from ldm.evaluation import distances
+from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall
+from ldm.evaluation.distances import Gaussian, bootstrap, frechet_distance, gaussian_of, kernel_distance
+from ldm.evaluation.report import Figure
+
+NEIGHBOURS = 5
+"""k of precision, recall, density and coverage; so many images and one more are needed."""
+SUBSETS, SUBSET_SIZE = 100, 1000
+ROUNDS = 200
+INTERVAL_ROUNDS, INTERVAL_SUBSETS, INTERVAL_SIZE = 40, 4, 500
+"""Of the kernel distance's bootstrap, where the whole would take minutes."""
+LARGE = 256
+"""Features beyond which a Fréchet distance takes long: its rounds fall as it rises, with the third power."""
+
+
+def distance_figures(
+    part: str,
+    drawn: Tensor,
+    real: Tensor | None,
+    reference: Tensor,
+    seed: int,
+    **said: str,
+) -> list[Figure]:
+    """Distances of features drawn (N, F) to those of reference (M, F), and of real (K, F) images beside them.
+
+    said: `against`, `network`, `weights`, `remark` of every figure.
+    """
+    known, size = gaussian_of(reference), min(SUBSET_SIZE, len(drawn), len(reference))
+    rows = [
+        Figure(
+            part=part, name="Fréchet distance" if said["network"] != INCEPTION else "FID", better="lower",
+            value=frechet_distance(drawn, known), images=len(drawn),
+            interval=frechet_interval(drawn, known, seed),
+            real=None if real is None else frechet_distance(real, known), **said,
+        ),
+        Figure(
+            part=part, name="kernel distance" if said["network"] != INCEPTION else "KID", better="lower",
+            value=kernel_distance(drawn, reference, size, SUBSETS, seed)[0], images=len(drawn),
+            interval=_kernel_interval(drawn, reference, seed),
+            real=None if real is None else kernel_distance(
+                real, reference, min(size, len(real)), SUBSETS, seed
+            )[0], **said,
+        ),
+    ]  # fmt: skip
+    values = distances.neighbour_measures(reference, drawn, NEIGHBOURS)
+    intervals = distances.neighbour_intervals(reference, drawn, NEIGHBOURS, ROUNDS, seed)
+    others = {} if real is None else distances.neighbour_measures(reference, real, NEIGHBOURS)
+    for name, value in values.items():
+        rows.append(
+            Figure(
+                part=part, name=f"{name} (k = {NEIGHBOURS})", better="higher", value=value, images=len(drawn),
+                interval=within(intervals[name], high=math.inf if name == "density" else 1.0), real=others.get(name),
+                **said,
+            )
+        )  # fmt: skip
+    return rows
+
+
+INCEPTION = "inception"
+
+
+def frechet_interval(features: Tensor, known: Gaussian, seed: int) -> tuple[float, float]:
+    """Of the Fréchet distance of features (N, F) to images of which a Gaussian is known."""
+    rounds = max(10, min(ROUNDS, int(ROUNDS * (LARGE / features.shape[1]) ** 3)))
+    return within(bootstrap(lambda some: frechet_distance(some, known), features, rounds, seed))
+
+
+def within(interval: tuple[float, float], low: float = 0.0, high: float = math.inf) -> tuple[float, float]:
+    """An interval without what the figure cannot be."""
+    return max(low, interval[0]), min(high, interval[1])
+
+
+def _kernel_interval(drawn: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
+    size = min(INTERVAL_SIZE, len(drawn), len(reference))
+    return bootstrap(
+        lambda some: kernel_distance(some, reference, size, INTERVAL_SUBSETS, seed)[0], drawn, INTERVAL_ROUNDS, seed
+    )
+
+
+def memory_figure(drawn: Tensor, real: Tensor | None, reference: Tensor, seed: int, **said: str) -> Figure:
+    """How near pictures lie to their nearest training image; nearer than real ones do is learned by heart."""
+    found = distances.nearest(drawn, reference)[0]
+    others = None if real is None else distances.nearest(real, reference)[0]
+    return Figure(
+        part="Pictures drawn", name="distance to the nearest, median", value=found.median().item(), images=len(drawn),
+        interval=mean_interval(found, seed, torch.median),
+        real=None if others is None else others.median().item(), **said,
+    )  # fmt: skip
+
+
+def text_figures(
+    drawn: Tensor, real: Tensor | None, texts: Tensor, captions: Sequence[str], seed: int, **said: str
+) -> list[Figure]:
+    """CLIP score and R@1 of embeddings drawn (N, D), and real (K, D), of the first K captions, texts (N, D)."""
+    both = torch.cat([drawn, texts], dim=1)  # so that they are resampled together
+    width, part = drawn.shape[1], "Pictures and captions"
+    found = retrieval_recall(drawn, texts, captions)
+    among = f"among {found['captions']:,} different captions: chance is {1 / found['captions']:.2g}"
+    others = {} if real is None else retrieval_recall(real, texts[: len(real)], captions[: len(real)])
+    return [
+        Figure(
+            part=part, name="CLIP score", better="higher", value=clip_score(drawn, texts), images=len(drawn),
+            interval=bootstrap(lambda some: clip_score(some[:, :width], some[:, width:]), both, ROUNDS, seed),
+            real=None if real is None else clip_score(real, texts[: len(real)]), **said,
+        ),
+        *(
+            Figure(
+                part=part, name=f"R@1, {name}", unit="%", better="higher", value=100 * found[key], images=len(drawn),
+                real=100 * others[key] if others else None, remark=among, **said,
+            )
+            for key, name in (("image_to_text", "picture to caption"), ("text_to_image", "caption to picture"))
+        ),
+    ]  # fmt: skip
+
+
+def accuracy_figure(
+    drawn: Tensor, real: Tensor | None, names: Sequence[str], captions: Sequence[str], seed: int, **said: str
+) -> tuple[Figure, dict[str, float]]:
+    """The share of pictures that a classifier reads as what their caption names, from its logits (N, C); and caption by
+    caption."""
+    right = read_right(drawn, names, captions)
+    found = accuracy(right, captions)
+    values = torch.tensor([float(value) for value in right if value is not None])
+    others = None
+    if real is not None:
+        shown = captions[: len(real)]
+        others = 100 * accuracy(read_right(real, names, shown), shown)["accuracy"]
+    worst = min(found["per_caption"], key=found["per_caption"].get)
+    figure = Figure(
+        part="Pictures and captions", name="read right", unit="%", better="higher", value=100 * found["accuracy"],
+        images=found["images"], interval=mean_interval(100 * values, seed), real=others,
+        remark=f"worst: {worst!r}, {100 * found['per_caption'][worst]:.0f} %", **said,
+    )  # fmt: skip
+    return figure, found["per_caption"]
+
+
+def shapes_figures(drawn: Tensor, captions: Sequence[str], seed: int) -> list[Figure]:
+    """On the data of `ldm.data.shapes`: what of the caption can be read back from each picture, uint8 (N, 3, H, W)."""
+    seen = [
+        shapes.compare(Image.fromarray(picture.permute(1, 2, 0).numpy()), caption)
+        for picture, caption in zip(drawn, captions, strict=True)
+    ]
+    kinds = {
+        "colours, shapes and places right": [bool(one) for one in seen],
+        **{f"{name}s right": [getattr(one, name) for one in seen] for name in ("colour", "shape", "size", "position")},
+    }
+    return [
+        Figure(
+            part="Pictures and captions", name=name, unit="%", better="higher",
+            value=100 * sum(values) / len(values), images=len(values),
+            interval=mean_interval(100 * torch.tensor(values).double(), seed), network="ldm.data.shapes",
+        )
+        for name, values in kinds.items()
+    ]  # fmt: skip
+
+
+def mean_interval(values: Tensor, seed: int, measure=torch.mean) -> tuple[float, float]:
+    """By bootstrap, of the mean of values (N,), or another measure of them."""
+    return bootstrap(lambda some: measure(some.double()).item(), values, ROUNDS, seed)

@@ -1,0 +1,120 @@
+"""Each part of a model alone: the autoencoder, the prior, and the likelihood that a model of pixels gives to images."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.errors import UserError
+from ldm.evaluation.distances import bootstrap, frechet_distance, gaussian_of
+from ldm.evaluation.likelihood import bits_per_dim
+from ldm.evaluation.prior import prior_cosines
+from ldm.evaluation.reconstruction import open_lpips, psnr, ssim
+from ldm.evaluation.report import Figure
+from pipelines.evaluation.drawing import picture_generator
+from pipelines.evaluation.images import frechet_interval, mean_interval
+from pipelines.evaluation.model import PixelSpace, TextToImage
+
+LIKELIHOOD_IMAGES = 64
+"""Each takes as many evaluations of the network as there are timesteps."""
+
+
+@torch.no_grad()
+def reconstructed(painter: TextToImage, images: Tensor, batch_size: int) -> Tensor:
+    """uint8 (N, 3, S, S) -> what the autoencoder makes of the mean of their posterior, uint8 likewise."""
+    vae, parts = painter.pipe.vae, []
+    with tqdm(total=len(images), desc="reconstructing", unit=" images", leave=False, disable=None) as bar:
+        for part in images.split(batch_size):
+            x = part.to(painter.device, vae.dtype) / 127.5 - 1
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().cpu()
+            parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+            bar.update(len(part))
+    return torch.cat(parts)
+
+
+def autoencoder_figures(
+    originals: Tensor, restored: Tensor, seed: int, device: torch.device
+) -> tuple[list[Figure], list[str]]:
+    """PSNR, SSIM and LPIPS of uint8 (N, 3, S, S); and why one of them is left out."""
+    figures, left_out = [], []
+    lpips = open_lpips(device)
+    if lpips is None:
+        left_out.append("no LPIPS: its weights, or torchmetrics, are not on this machine")
+    for name, unit, better, measure in (("PSNR", "dB", "higher", psnr), ("SSIM", "", "higher", ssim),
+                                        ("LPIPS", "", "lower", lpips)):  # fmt: skip
+        if measure is None:
+            continue
+        pairs = zip(originals.split(128), restored.split(128), strict=True)
+        try:
+            values = torch.cat([measure(a.float() / 255, b.float() / 255) for a, b in pairs])
+        except UserError as error:  # of what is not installed, or of images too small for its windows
+            left_out.append(f"no {name}: {error}")
+            continue
+        figures.append(
+            Figure(
+                part="Autoencoder", name=name, unit=unit, better=better, value=values.mean().item(),
+                images=len(originals), network="AlexNet" if name == "LPIPS" else "",
+                interval=mean_interval(values, seed),
+            )
+        )  # fmt: skip
+    return figures, left_out
+
+
+def reconstruction_distance(originals: Tensor, restored: Tensor, seed: int, **said: str) -> Figure:
+    """Fréchet distance of features (N, F) of reconstructions to those of the same images."""
+    known = gaussian_of(originals)
+    return Figure(
+        part="Autoencoder", name="reconstruction Fréchet distance", better="lower",
+        value=frechet_distance(restored, known), images=len(restored),
+        interval=frechet_interval(restored, known, seed), **said,
+    )  # fmt: skip
+
+
+def prior_embeddings(painter: TextToImage, captions: list[str], seed: int, batch_size: int) -> Tensor:
+    """What the prior samples for the captions, (N, D), by the model's own settings; a function of (seed, number)."""
+    names = {"prior_num_inference_steps": "num_inference_steps", "prior_guidance_scale": "guidance_scale",
+             "num_prior_samples": "num_samples"}  # fmt: skip
+    settings = {short: painter.settings[name] for name, short in names.items()}
+    parts = []
+    for start in tqdm(range(0, len(captions), batch_size), desc="prior", leave=False, disable=None):
+        some = captions[start : start + batch_size]
+        generators = [picture_generator(seed, start + number) for number in range(len(some))]
+        parts.append(painter.pipe.sample_image_embeds(some, generator=generators, **settings).float().cpu())
+    return torch.cat(parts)
+
+
+def prior_figures(sampled: Tensor, texts: Tensor, true: Tensor, mean: Tensor, seed: int, **said: str) -> list[Figure]:
+    """Cosines to the embeddings of the images that the captions are of, all (N, D), mean (D,)."""
+    width = true.shape[1]
+    joined = torch.cat([sampled, texts, true], dim=1)
+
+    def cosines(rows: Tensor) -> dict[str, float]:
+        return prior_cosines(*rows.split(width, dim=1), mean)
+
+    found = cosines(joined)
+    names = {
+        "prior": ("cosine of the prior's embedding to the image's", "higher"),
+        "text": ("… of the text's own embedding", ""),
+        "mean": ("… of the mean image embedding", ""),
+    }
+    return [
+        Figure(
+            part="Prior", name=name, better=better, value=found[key], images=len(true),
+            interval=bootstrap(lambda rows, key=key: cosines(rows)[key], joined, 100, seed), **said,
+        )
+        for key, (name, better) in names.items()
+    ]  # fmt: skip
+
+
+def likelihood_figure(painter: PixelSpace, images: Tensor, captions: list[str], seed: int) -> Figure:
+    """The variational bound on -log p of the first images of uint8 (N, 3, S, S), of these captions."""
+    x = images[:LIKELIHOOD_IMAGES].float() / 255
+    x = x.mean(dim=1, keepdim=True) if painter.channels == 1 else x
+    labels = (
+        torch.tensor([painter.classes.index(caption) for caption in captions[: len(x)]]) if painter.classes else None
+    )
+    values = bits_per_dim(painter.unet, painter.scheduler, x, seed, labels)
+    return Figure(
+        part="Likelihood", name="variational bound", unit="bits/dim", better="lower", value=values.mean().item(),
+        images=len(x), interval=mean_interval(values, seed),
+        remark=f"all {painter.scheduler.config.num_train_timesteps:,} terms, one draw of noise for each",
+    )  # fmt: skip
