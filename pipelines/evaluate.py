@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ldm import hub
 from ldm.errors import UserError
 from pipelines.checks import check_count, check_scale
 from pipelines.evaluation.settings import check_output
@@ -61,18 +62,18 @@ def evaluate(arguments: argparse.Namespace, bundled: Path) -> None:
     _check(arguments)
     output = Path(arguments.output).expanduser()
     check_output(output) if arguments.compare is None else [check_output(output / name) for name in MODELS]
+    names = arguments.compare or [arguments.model or BUNDLED]
+    models = {name: hub.resolve(bundled if name == BUNDLED else name, arguments.revision) for name in names}
     from pipelines.cli import be_quiet
 
     be_quiet()
     from pipelines.evaluation.run import evaluate as evaluate_model
 
-    if arguments.compare is None:
-        print(evaluate_model(arguments, arguments.model or str(bundled), arguments.model or BUNDLED, output))
-        return
-    folders = tuple(output / name for name in MODELS)
-    for model, folder in zip(arguments.compare, folders, strict=True):
-        print(evaluate_model(arguments, model, model, folder))
-    print(_compared(folders, output), end="")
+    folders = (output,) if arguments.compare is None else tuple(output / name for name in MODELS)
+    for name, folder in zip(names, folders, strict=True):
+        print(evaluate_model(arguments, name, models[name], folder))
+    if arguments.compare is not None:
+        print(_compared(folders, output), end="")
 
 
 def _compared(folders: tuple[Path, Path], output: Path | None) -> str:

@@ -32,8 +32,8 @@ VARIED = {"num_inference_steps": "steps", "guidance_scale": "guidance scale"}
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
-def evaluate(arguments: argparse.Namespace, model: str, name: str, output: Path) -> Path:
-    """Evaluates `model`, which the report calls `name`, by the arguments of `ldm evaluate`, into the folder `output`.
+def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Path) -> Path:
+    """Evaluates the model in `folder`, called `name`, by the arguments of `ldm evaluate` into the folder `output`.
     Returns its page, report.md.
 
     Raises:
@@ -41,7 +41,6 @@ def evaluate(arguments: argparse.Namespace, model: str, name: str, output: Path)
         RunError: drawing failed; what has been drawn is kept, and the same command goes on.
     """
     begin = perf_counter()
-    folder = hub.resolve(model, arguments.revision)
     asked = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
     given = {name: value for name, value in asked.items() if value is not None}
     painter = open_painter(folder, given)
@@ -108,7 +107,7 @@ def _check_enough(arguments: argparse.Namespace, data: Judged) -> None:
 
 def _settings(
     arguments: argparse.Namespace,
-    model: str,
+    name: str,
     folder: Path,
     painter: TextToImage | PixelSpace,
     data: Judged,
@@ -116,7 +115,7 @@ def _settings(
 ) -> dict[str, Any]:
     """All that the figures are a function of."""
     return {
-        "model": model,
+        "model": name,
         "commit": hub.commit_of(folder),
         "model_sha256": fingerprint(folder),
         "data": arguments.data,
