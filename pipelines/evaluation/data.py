@@ -1,16 +1,17 @@
 """The images and captions that a model is judged by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.data.captions import CaptionedImages, open_images
 from ldm.data.splits import captioned, choose_split, splits_of
 from ldm.errors import UserError
 from ldm.training import randomness
+from pipelines.evaluation.stored import Pictures
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ def open_judged(
     )  # fmt: skip
 
 
-def read_images(data: CaptionedImages, indices: list[int], what: str) -> Tensor:
-    """uint8 (N, 3, S, S); the next that can be decoded stands in for one that cannot."""
-    parts = []
-    for start in tqdm(range(0, len(indices), 256), desc=f"reading {what}", leave=False, disable=None):
-        batch = data.__getitems__([(0, index) for index in indices[start : start + 256]])["images"]
-        parts.append(((batch + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(parts)
+def pictures_of(data: CaptionedImages, indices: list[int]) -> Pictures:
+    """The data's own; the next that can be decoded stands in for one that cannot."""
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        batch = data.__getitems__([(0, number) for number in numbers])
+        return ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
+
+    return Pictures(read, indices)
 
 
 def _order(seed: int, length: int) -> list[int]:

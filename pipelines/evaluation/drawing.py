@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm.errors import RunError
 from ldm.training import randomness
 from pipelines.evaluation.model import Painter
+from pipelines.evaluation.stored import Pictures
 
 
 def picture_generator(seed: int, number: int) -> torch.Generator:
@@ -28,8 +29,8 @@ def draw(
     batch_size: int,
     settings: dict[str, Any],
     what: str = "drawing",
-) -> Tensor:
-    """Draws what `folder` lacks of the pictures of `captions`, as 000000.png …, and reads all: uint8 (N, 3, H, W).
+) -> Pictures:
+    """Draws what `folder` lacks of the pictures of `captions`, as 000000.png …
 
     Raises:
         RunError: a picture could not be written; those that were are kept.
@@ -37,9 +38,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.png"):  # of a process that was killed
         partial.unlink()
-    drawn: dict[int, Tensor] = {
-        n: found for n in range(len(captions)) if (found := _read(_path(folder, n))) is not None
-    }
+    drawn = {number for number in range(len(captions)) if _is_whole(_path(folder, number))}
     with tqdm(total=len(captions), initial=len(drawn), desc=what, unit=" images", disable=None) as bar:
         for start in range(0, len(captions), batch_size):
             numbers = range(start, min(start + batch_size, len(captions)))
@@ -51,23 +50,26 @@ def draw(
             images = painter.paint([captions[number] for number in numbers], generators, settings)
             pixels = (images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
             for number in missing:
-                drawn[number] = pixels[number - start]
-                _write(drawn[number], _path(folder, number))
+                _write(pixels[number - start], _path(folder, number))
             bar.update(len(missing))
-    return torch.stack([drawn[number] for number in range(len(captions))])
+    return Pictures(lambda numbers: torch.stack([_read(_path(folder, n)) for n in numbers]), range(len(captions)))
 
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def _read(path: Path) -> Tensor | None:
-    """uint8 (3, H, W), or None where there is no whole picture."""
+def _read(path: Path) -> Tensor:
+    """uint8 (3, H, W)"""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError):
-        return None
+        return _read(path) is not None
+    except (OSError, SyntaxError):  # of a file that is not there, or was cut by a machine that fell over
+        return False
 
 
 def _write(pixels: Tensor, path: Path) -> None:

@@ -2,7 +2,7 @@
 captions say."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -145,8 +145,8 @@ def accuracy_figure(
     return figure, found["per_caption"]
 
 
-def shapes_figures(drawn: Tensor, captions: Sequence[str], seed: int) -> list[Figure]:
-    """On the data of `ldm.data.shapes`: what of the caption can be read back from each picture, uint8 (N, 3, H, W)."""
+def shapes_figures(drawn: Iterable[Tensor], captions: Sequence[str], seed: int) -> list[Figure]:
+    """On the data of `ldm.data.shapes`: what of the caption can be read back from each picture, uint8 (3, H, W)."""
     seen = [
         shapes.compare(Image.fromarray(picture.permute(1, 2, 0).numpy()), caption)
         for picture, caption in zip(drawn, captions, strict=True)

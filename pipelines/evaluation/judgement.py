@@ -10,9 +10,10 @@ from ldm.evaluation import distances
 from ldm.evaluation.report import Figure
 from pipelines.evaluation import images as measures
 from pipelines.evaluation import parts
-from pipelines.evaluation.data import Judged, read_images
+from pipelines.evaluation.data import Judged, pictures_of
 from pipelines.evaluation.model import PixelSpace, TextToImage
 from pipelines.evaluation.networks import Judges, apply
+from pipelines.evaluation.stored import Pictures
 
 SHOWN_NEIGHBOURS, SHOWN_QUERIES = 5, 8
 
@@ -25,8 +26,8 @@ class Judgement:
     warnings: list[str] = field(default_factory=list)
     per_caption: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    restored: Tensor | None = None
-    """What the autoencoder makes of the real images, uint8."""
+    restored: Pictures | None = None
+    """What the autoencoder makes of the real images."""
     nearest: tuple[Tensor, list[list[int]], list[list[float]]] | None = None
     """Which pictures lie nearest to training images, to which of them, and how far."""
 
@@ -39,19 +40,16 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 (N, 3, S, S) each: what was drawn, the images of the first captions, and what both are compared with."""
+    """What was drawn, the images of the first captions, and what both are compared with."""
 
-    drawn: Tensor
-    real: Tensor
-    reference: Tensor
+    drawn: Pictures
+    real: Pictures
+    reference: Pictures
 
 
-def read_all(data: Judged, drawn: Tensor) -> Images:
+def images_of(data: Judged, drawn: Pictures) -> Images:
     """Beside what was drawn, the data's own images."""
-    real = read_images(data.images, data.indices, "images")
-    if not data.has_other_reference and data.reference_indices == data.indices:
-        return Images(drawn, real, real)
-    return Images(drawn, real, read_images(data.reference, data.reference_indices, "reference"))
+    return Images(drawn, pictures_of(data.images, data.indices), pictures_of(data.reference, data.reference_indices))
 
 
 def judge(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ldm.errors import UserError
 from ldm.evaluation.features import Classifier, FeatureNetwork, open_classifier, open_features
 from pipelines.evaluation.clip import Clip, open_clip_folder, own_clip
+from pipelines.evaluation.stored import Pictures
 
 OWN = "own"
 NOT_COMPARABLE = "not comparable with others' FID, which is in an Inception's features (--features inception)"
@@ -62,8 +63,8 @@ def open_judges(
     return Judges(network, reader, own, judge, "; ".join(remarks))
 
 
-def apply(network: FeatureNetwork | Classifier, images: Tensor, what: str) -> Tensor:
-    """What a network makes of uint8 images (N, 3, H, W), on the CPU."""
+def apply(network: FeatureNetwork | Classifier, images: Pictures, what: str) -> Tensor:
+    """What a network makes of N pictures, (N, …), on the CPU."""
     parts = []
     with tqdm(total=len(images), desc=what, unit=" images", leave=False, disable=None) as bar:
         for part in images.split(AT_ONCE):

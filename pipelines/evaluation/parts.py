@@ -13,14 +13,15 @@ from ldm.evaluation.report import Figure
 from pipelines.evaluation.drawing import picture_generator
 from pipelines.evaluation.images import frechet_interval, mean_interval
 from pipelines.evaluation.model import PixelSpace, TextToImage
+from pipelines.evaluation.stored import Pictures
 
 LIKELIHOOD_IMAGES = 64
 """Each takes as many evaluations of the network as there are timesteps."""
 
 
 @torch.no_grad()
-def reconstructed(painter: TextToImage, images: Tensor, batch_size: int) -> Tensor:
-    """uint8 (N, 3, S, S) -> what the autoencoder makes of the mean of their posterior, uint8 likewise."""
+def reconstructed(painter: TextToImage, images: Pictures, batch_size: int) -> Pictures:
+    """What the autoencoder makes of the mean of their posterior. Kept in memory, 8 bits a channel."""
     vae, parts = painter.pipe.vae, []
     with tqdm(total=len(images), desc="reconstructing", unit=" images", leave=False, disable=None) as bar:
         for part in images.split(batch_size):
@@ -28,13 +29,14 @@ def reconstructed(painter: TextToImage, images: Tensor, batch_size: int) -> Tens
             y = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().cpu()
             parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
             bar.update(len(part))
-    return torch.cat(parts)
+    whole = torch.cat(parts)
+    return Pictures(lambda numbers: whole[list(numbers)], range(len(whole)))
 
 
 def autoencoder_figures(
-    originals: Tensor, restored: Tensor, seed: int, device: torch.device
+    originals: Pictures, restored: Pictures, seed: int, device: torch.device
 ) -> tuple[list[Figure], list[str]]:
-    """PSNR, SSIM and LPIPS of uint8 (N, 3, S, S); and why one of them is left out."""
+    """PSNR, SSIM and LPIPS; and why one of them is left out."""
     figures, left_out = [], []
     lpips = open_lpips(device)
     if lpips is None:
@@ -105,9 +107,9 @@ def prior_figures(sampled: Tensor, texts: Tensor, true: Tensor, mean: Tensor, se
     ]  # fmt: skip
 
 
-def likelihood_figure(painter: PixelSpace, images: Tensor, captions: list[str], seed: int) -> Figure:
-    """The variational bound on -log p of the first images of uint8 (N, 3, S, S), of these captions."""
-    x = images[:LIKELIHOOD_IMAGES].float() / 255
+def likelihood_figure(painter: PixelSpace, images: Pictures, captions: list[str], seed: int) -> Figure:
+    """The variational bound on -log p of the first images, of these captions."""
+    x = images.first(LIKELIHOOD_IMAGES).tensor().float() / 255
     x = x.mean(dim=1, keepdim=True) if painter.channels == 1 else x
     labels = (
         torch.tensor([painter.classes.index(caption) for caption in captions[: len(x)]]) if painter.classes else None

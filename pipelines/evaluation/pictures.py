@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pipelines.evaluation.stored import Pictures
+
 TILE = 96
 """Pixels of a small picture's side on the sheet, at least."""
 LARGEST_TILE = 256
@@ -51,7 +53,7 @@ def tiles(pictures: Sequence[Tensor], captions: Sequence[str], columns: int = 8)
     return sheet
 
 
-def samples(drawn: Tensor, captions: Sequence[str], shown: int = 40, fewest: int = 4) -> Image.Image:
+def samples(drawn: Pictures, captions: Sequence[str], shown: int = 40, fewest: int = 4) -> Image.Image:
     """The first pictures, not selected: a row for each caption where these come again and again, or else each with its
     own beneath."""
     of: dict[str, list[int]] = {}
@@ -59,19 +61,24 @@ def samples(drawn: Tensor, captions: Sequence[str], shown: int = 40, fewest: int
         of.setdefault(caption, []).append(number)
     if len(of) <= 16 and min(map(len, of.values())) >= fewest:
         return rows([(caption, [drawn[number] for number in of[caption][:10]]) for caption in sorted(of)])
-    return tiles(list(drawn[:shown]), captions[:shown])
+    return tiles(list(drawn.first(shown)), captions[:shown])
 
 
-def beside(originals: Tensor, restored: Tensor, pairs: int = 10, lines: int = 2) -> Image.Image:
+def beside(originals: Pictures, restored: Pictures, pairs: int = 10, lines: int = 2) -> Image.Image:
     """Originals, and their reconstructions under them."""
     labelled = []
     for start in range(0, min(pairs * lines, len(originals)), pairs):
-        labelled += [("original", originals[start : start + pairs]), ("restored", restored[start : start + pairs])]
+        places = range(start, min(start + pairs, len(originals)))
+        for label, some in (("original", originals), ("restored", restored)):
+            labelled.append((label, [some[place] for place in places]))
     return rows(labelled)
 
 
 def neighbours(
-    drawn: Tensor, captions: Sequence[str], references: Sequence[Sequence[Tensor]], distances: Sequence[Sequence[float]]
+    drawn: Sequence[Tensor],
+    captions: Sequence[str],
+    references: Sequence[Sequence[Tensor]],
+    distances: Sequence[Sequence[float]],
 ) -> Image.Image:
     """A row a picture: it, then its nearest training images, their distances beneath."""
     labelled = [(caption, [picture, *near]) for caption, picture, near in zip(captions, drawn, references, strict=True)]

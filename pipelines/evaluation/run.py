@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm import hub
 from ldm.errors import UserError
@@ -21,10 +20,11 @@ from pipelines.evaluation import pictures
 from pipelines.evaluation.data import Judged, open_judged
 from pipelines.evaluation.drawing import draw
 from pipelines.evaluation.images import NEIGHBOURS
-from pipelines.evaluation.judgement import Images, Judgement, judge, read_all
+from pipelines.evaluation.judgement import Images, Judgement, images_of, judge
 from pipelines.evaluation.model import PixelSpace, TextToImage, open_painter
 from pipelines.evaluation.networks import Judges, apply, open_judges
 from pipelines.evaluation.settings import claim, fingerprint
+from pipelines.evaluation.stored import Pictures
 
 DRAWN, PAGE = "drawn", "report.md"
 SAMPLES, RESTORED, NEAREST, CURVES = "samples.png", "reconstructions.png", "neighbours.png", "curves.png"
@@ -62,7 +62,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     drawing = (arguments.seed, arguments.batch_size)
     drawn = draw(painter, data.captions, output / DRAWN, *drawing, painter.settings if _is_pixels(painter) else given)
     seconds["drawing"] = round(perf_counter() - begin, 1)
-    images = read_all(data, drawn)
+    images = images_of(data, drawn)
     found = judge(painter, data, images, judges, *drawing)
 
     begin = perf_counter()
@@ -160,7 +160,7 @@ def _curves(
         points = []
         for value in values or []:
             if value == painter.settings[name]:  # which is what was drawn already
-                drawn = images.drawn[: len(captions)]
+                drawn = images.drawn.first(len(captions))
             else:
                 settings = (painter.settings if _is_pixels(painter) else given) | {name: value}
                 place, what = output / f"{DRAWN}-{name.replace('_', '-')}-{value:g}", f"{VARIED[name]} {value:g}"
@@ -171,7 +171,7 @@ def _curves(
     return curves
 
 
-def _quality(drawn: Tensor, captions: list[str], judges: Judges, known: Gaussian | None) -> dict[str, float]:
+def _quality(drawn: Pictures, captions: list[str], judges: Judges, known: Gaussian | None) -> dict[str, float]:
     quality: dict[str, float] = {}
     if known is not None:
         quality["Fréchet distance"] = frechet_distance(apply(judges.features, drawn, "features"), known)
@@ -199,7 +199,9 @@ def _draw_pictures(
         queries, rows, values = found.nearest
         near = [[images.reference[row] for row in some] for some in rows]
         captions = [data.captions[number] for number in queries.tolist()]
-        pictures.neighbours(images.drawn[queries], captions, near, values).save(output / NEAREST)
+        pictures.neighbours([images.drawn[number] for number in queries.tolist()], captions, near, values).save(
+            output / NEAREST
+        )
         shown[NEAREST] = (
             f"The pictures that lie nearest to images of {data.reference_split}, and these, with their distances in "
             "features: has something been learned by heart?"
