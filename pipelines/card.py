@@ -12,7 +12,7 @@ from ldm.hub import INDEX, STEMS
 TRAINING = "training"
 """Folder of <stage>.yaml, a stage's whole configuration, and <stage>.json, the last values of its metrics."""
 REPORT = "report.json"
-"""{what was measured: value}"""
+"""{what was measured: value}, or the report of `ldm evaluate`."""
 GRID = "grid.png"
 
 
@@ -114,7 +114,8 @@ def _measured(folder: Path) -> str:
     for file in sorted((folder / TRAINING).glob("*.json")):
         rows += [(f"{file.stem}, end of training: {name}", value) for name, value in _flat(read_json(file))]
     if (folder / REPORT).is_file():
-        rows += _flat(read_json(folder / REPORT))
+        report = read_json(folder / REPORT)
+        rows += _flat(report) if "figures" not in report else [_figure(figure) for figure in report["figures"]]
     if not rows:
         return "## Measured\n\nNo measurement is recorded with this model."
     table = "\n".join(f"| {name} | {_number(value)} |" for name, value in rows)
@@ -126,6 +127,13 @@ def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, object]]:
     for name, value in values.items():
         rows += _flat(value, f"{before}{name}, ") if isinstance(value, dict) else [(f"{before}{name}", value)]
     return rows
+
+
+def _figure(figure: dict[str, Any]) -> tuple[str, object]:
+    """A figure of `ldm evaluate`, with what it rests on."""
+    beside = (f"{figure['images']:,} images", figure["against"] and f"against {figure['against']}", figure["network"])
+    name = f"{figure['part']}, {figure['name']} ({', '.join(said for said in beside if said)})"
+    return name, f"{figure['value']:.4g} {figure['unit']}".strip()
 
 
 def _number(value: object) -> str:

@@ -14,6 +14,7 @@ from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval
 from ldm.evaluation.distances import Gaussian, bootstrap, frechet_distance, gaussian_of, kernel_distance
 from ldm.evaluation.report import Figure
 
+INCEPTION = "inception"
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage; so many images and one more are needed."""
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -39,7 +40,7 @@ def distance_figures(
     known, size = gaussian_of(reference), min(SUBSET_SIZE, len(drawn), len(reference))
     rows = [
         Figure(
-            part=part, name="Fréchet distance" if said["network"] != INCEPTION else "FID", better="lower",
+            part=part, name=frechet_name(said["network"]), better="lower",
             value=frechet_distance(drawn, known), images=len(drawn),
             interval=frechet_interval(drawn, known, seed),
             real=None if real is None else frechet_distance(real, known), **said,
@@ -67,7 +68,9 @@ def distance_figures(
     return rows
 
 
-INCEPTION = "inception"
+def frechet_name(network: str) -> str:
+    """The field's name is of one network's features alone."""
+    return "FID" if network == INCEPTION else "Fréchet distance"
 
 
 def frechet_interval(features: Tensor, known: Gaussian, seed: int) -> tuple[float, float]:
@@ -92,6 +95,9 @@ def memory_figure(drawn: Tensor, real: Tensor | None, reference: Tensor, seed: i
     """How near pictures lie to their nearest training image; nearer than real ones do is learned by heart."""
     found = distances.nearest(drawn, reference)[0]
     others = None if real is None else distances.nearest(real, reference)[0]
+    if others is not None:
+        ratio = f"{found.median().item() / others.median().item():.2f} times that of real images"
+        said["remark"] = f"{ratio}; {said['remark']}" if said.get("remark") else ratio
     return Figure(
         part="Pictures drawn", name="distance to the nearest, median", value=found.median().item(), images=len(drawn),
         interval=mean_interval(found, seed, torch.median),
@@ -139,7 +145,7 @@ def accuracy_figure(
     worst = min(found["per_caption"], key=found["per_caption"].get)
     figure = Figure(
         part="Pictures and captions", name="read right", unit="%", better="higher", value=100 * found["accuracy"],
-        images=found["images"], interval=mean_interval(100 * values, seed), real=others,
+        images=found["images"], interval=within(mean_interval(100 * values, seed), high=100), real=others,
         remark=f"worst: {worst!r}, {100 * found['per_caption'][worst]:.0f} %", **said,
     )  # fmt: skip
     return figure, found["per_caption"]
@@ -159,7 +165,8 @@ def shapes_figures(drawn: Iterable[Tensor], captions: Sequence[str], seed: int) 
         Figure(
             part="Pictures and captions", name=name, unit="%", better="higher",
             value=100 * sum(values) / len(values), images=len(values),
-            interval=mean_interval(100 * torch.tensor(values).double(), seed), network="ldm.data.shapes",
+            interval=within(mean_interval(100 * torch.tensor(values).double(), seed), high=100),
+            network="ldm.data.shapes",
         )
         for name, values in kinds.items()
     ]  # fmt: skip

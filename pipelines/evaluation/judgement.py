@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation import distances
+from ldm.evaluation.features import Classifier, FeatureNetwork
 from ldm.evaluation.report import Figure
 from pipelines.evaluation import images as measures
 from pipelines.evaluation import parts
@@ -30,6 +31,15 @@ class Judgement:
     """What the autoencoder makes of the real images."""
     nearest: tuple[Tensor, list[list[int]], list[list[float]]] | None = None
     """Which pictures lie nearest to training images, to which of them, and how far."""
+
+    _seen: dict[tuple[int, int], tuple[object, Pictures, Tensor]] = field(default_factory=dict)
+
+    def seen(self, network: FeatureNetwork | Classifier, images: Pictures) -> Tensor:
+        """What a network makes of pictures, which it looks at once."""
+        key = (id(network), id(images))
+        if key not in self._seen:  # both are kept, so that no other object gets their numbers
+            self._seen[key] = network, images, apply(network, images, f"reading by {network.name}")
+        return self._seen[key][2]
 
     def timed(self, what: str, since: float) -> float:
         """Notes the seconds that `what` took; returns now."""
@@ -77,7 +87,7 @@ def judge(
     found.figures += figures
     found.warnings += left_out
     if judges.features is not None:
-        original, restored = (apply(judges.features, x, "features") for x in (images.real, found.restored))
+        original, restored = (found.seen(judges.features, some) for some in (images.real, found.restored))
         found.figures.append(
             parts.reconstruction_distance(original, restored, seed, against="the same images", **_of(judges))
         )
@@ -96,7 +106,7 @@ def _of(judges: Judges) -> dict[str, str]:
 
 def _distances(found: Judgement, data: Judged, images: Images, judges: Judges, seed: int) -> None:
     drawn, real, reference = (
-        apply(judges.features, x, "features") for x in (images.drawn, images.real, images.reference)
+        found.seen(judges.features, some) for some in (images.drawn, images.real, images.reference)
     )
     said = {"against": data.against, **_of(judges)}
     beside = real if data.has_other_reference else None
@@ -117,12 +127,12 @@ def _captions(found: Judgement, data: Judged, images: Images, judges: Judges, se
     """Do the pictures show what was asked for?"""
     if judges.clip is not None:
         network = judges.clip.images
-        drawn, real = (apply(network, x, "CLIP") for x in (images.drawn, images.real))
+        drawn, real = (found.seen(network, some) for some in (images.drawn, images.real))
         said = {"network": network.name, "weights": network.weights}
         texts = judges.clip.read(data.captions)
         found.figures += measures.text_figures(drawn, real, texts, data.captions, seed, **said)
     if judges.classifier is not None:
-        drawn, real = (apply(judges.classifier, x, "reading") for x in (images.drawn, images.real))
+        drawn, real = (found.seen(judges.classifier, some) for some in (images.drawn, images.real))
         said = {"network": judges.classifier.name, "weights": judges.classifier.weights}
         figure, found.per_caption = measures.accuracy_figure(
             drawn, real, judges.classifier.names, data.captions, seed, **said
@@ -136,7 +146,7 @@ def _prior(
     found: Judgement, painter: TextToImage, data: Judged, images: Images, judges: Judges, seed: int, batch_size: int
 ) -> None:
     clip, captions = judges.own_clip, data.captions[: len(images.real)]
-    true, mean = apply(clip.images, images.real, "CLIP"), apply(clip.images, images.reference, "CLIP").mean(dim=0)
+    true, mean = found.seen(clip.images, images.real), found.seen(clip.images, images.reference).mean(dim=0)
     sampled = parts.prior_embeddings(painter, captions, seed, batch_size)
     said = {"network": clip.images.name, "weights": clip.images.weights}
     found.figures += parts.prior_figures(sampled, clip.read(captions), true, mean, seed, **said)

@@ -75,9 +75,10 @@ def apply(network: FeatureNetwork | Classifier, images: Pictures, what: str) -> 
 
 def _check_resolution(option: str, name: str, network: FeatureNetwork | Classifier, side: int) -> None:
     """A network whose folder says nothing of resizing has been trained on one size, and reads nonsense at another."""
-    size, processor = network.image_size, Path(name).expanduser() / "preprocessor_config.json"
-    if size == side or not Path(name).expanduser().is_dir():
+    size = network.image_size
+    if size == side or network is name or not (folder := Path(name).expanduser()).is_dir():
         return
+    processor = folder / "preprocessor_config.json"
     if not processor.is_file() or not json.loads(processor.read_text(encoding="utf-8")).get("do_resize", False):
         raise UserError(
             f"{option} '{name}' reads {size}×{size} pixels, and the pictures have {side}×{side}; give a network of "

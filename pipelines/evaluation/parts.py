@@ -11,7 +11,7 @@ from ldm.evaluation.prior import prior_cosines
 from ldm.evaluation.reconstruction import open_lpips, psnr, ssim
 from ldm.evaluation.report import Figure
 from pipelines.evaluation.drawing import picture_generator
-from pipelines.evaluation.images import frechet_interval, mean_interval
+from pipelines.evaluation.images import frechet_interval, frechet_name, mean_interval
 from pipelines.evaluation.model import PixelSpace, TextToImage
 from pipelines.evaluation.stored import Pictures
 
@@ -65,7 +65,7 @@ def reconstruction_distance(originals: Tensor, restored: Tensor, seed: int, **sa
     """Fréchet distance of features (N, F) of reconstructions to those of the same images."""
     known = gaussian_of(originals)
     return Figure(
-        part="Autoencoder", name="reconstruction Fréchet distance", better="lower",
+        part="Autoencoder", name=f"reconstruction {frechet_name(said['network'])}", better="lower",
         value=frechet_distance(restored, known), images=len(restored),
         interval=frechet_interval(restored, known, seed), **said,
     )  # fmt: skip

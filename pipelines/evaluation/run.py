@@ -19,7 +19,7 @@ from ldm.training.run import lock
 from pipelines.evaluation import pictures
 from pipelines.evaluation.data import Judged, open_judged
 from pipelines.evaluation.drawing import draw
-from pipelines.evaluation.images import NEIGHBOURS
+from pipelines.evaluation.images import NEIGHBOURS, shapes_figures
 from pipelines.evaluation.judgement import Images, Judgement, images_of, judge
 from pipelines.evaluation.model import PixelSpace, TextToImage, open_painter
 from pipelines.evaluation.networks import Judges, apply, open_judges
@@ -66,7 +66,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     found = judge(painter, data, images, judges, *drawing)
 
     begin = perf_counter()
-    curves = _curves(arguments, painter, data, images, judges, given, output)
+    curves = _curves(arguments, painter, data, images, judges, found, given, output)
     seconds |= found.seconds | ({"curves": round(perf_counter() - begin, 1)} if curves else {})
     begin = perf_counter()
     shown = _draw_pictures(output, data, images, found, curves)
@@ -144,6 +144,7 @@ def _curves(
     data: Judged,
     images: Images,
     judges: Judges,
+    found: Judgement,
     given: dict[str, Any],
     output: Path,
 ) -> dict[str, list[dict[str, float]]]:
@@ -154,7 +155,7 @@ def _curves(
     captions = data.captions[: arguments.curve_images]
     known = None
     if judges.features is not None:
-        known = gaussian_of(apply(judges.features, images.reference, "features"))
+        known = gaussian_of(found.seen(judges.features, images.reference))
     curves = {}
     for name, values in asked.items():
         points = []
@@ -165,13 +166,15 @@ def _curves(
                 settings = (painter.settings if _is_pixels(painter) else given) | {name: value}
                 place, what = output / f"{DRAWN}-{name.replace('_', '-')}-{value:g}", f"{VARIED[name]} {value:g}"
                 drawn = draw(painter, captions, place, arguments.seed, arguments.batch_size, settings, what)
-            points.append({VARIED[name]: value, **_quality(drawn, captions, judges, known)})
+            points.append({VARIED[name]: value, **_quality(drawn, captions, data, judges, known)})
         if points:
             curves[VARIED[name]] = points
     return curves
 
 
-def _quality(drawn: Pictures, captions: list[str], judges: Judges, known: Gaussian | None) -> dict[str, float]:
+def _quality(
+    drawn: Pictures, captions: list[str], data: Judged, judges: Judges, known: Gaussian | None
+) -> dict[str, float]:
     quality: dict[str, float] = {}
     if known is not None:
         quality["Fréchet distance"] = frechet_distance(apply(judges.features, drawn, "features"), known)
@@ -180,6 +183,8 @@ def _quality(drawn: Pictures, captions: list[str], judges: Judges, known: Gaussi
     if judges.classifier is not None:
         right = read_right(apply(judges.classifier, drawn, "reading"), judges.classifier.names, captions)
         quality["read right, %"] = 100 * accuracy(right, captions)["accuracy"]
+    if data.config.source == "shapes":
+        quality["captions right, %"] = shapes_figures(drawn, captions, seed=0)[0].value
     return quality
 
 

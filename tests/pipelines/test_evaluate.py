@@ -19,6 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ldm.data import shapes
 from pipelines import cli, evaluate
+from pipelines.card import model_card
 from pipelines.evaluation.images import shapes_figures
 from pipelines.evaluation.settings import claim
 
@@ -134,6 +135,13 @@ def test_the_page_and_the_pictures(evaluated):
         assert f"]({name})" in page and min(Image.open(evaluated / name).size) > 100
     for figure in report_of(evaluated)["figures"]:
         assert figure["name"] in page
+
+
+def test_a_model_that_holds_its_report_tells_it_on_its_card(evaluated, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    shutil.copy(evaluated / "report.json", folder)
+    line = "| Pictures drawn, Fréchet distance (12 images, against 20 images of train, the model's own CLIP) | "
+    assert line in model_card(folder, "owner/model")
 
 
 def test_curves_over_steps_and_guidance(evaluated):
