@@ -11,7 +11,14 @@ from torch import Tensor
 from ldm.data import shapes
 from ldm.evaluation import distances
 from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall
-from ldm.evaluation.distances import Gaussian, bootstrap, frechet_distance, gaussian_of, kernel_distance
+from ldm.evaluation.distances import (
+    Gaussian,
+    bootstrap,
+    frechet_distance,
+    gaussian_of,
+    kernel_distance,
+    kernel_interval,
+)
 from ldm.evaluation.report import Figure
 
 INCEPTION = "inception"
@@ -19,8 +26,6 @@ NEIGHBOURS = 5
 """k of precision, recall, density and coverage; so many images and one more are needed."""
 SUBSETS, SUBSET_SIZE = 100, 1000
 ROUNDS = 200
-INTERVAL_ROUNDS, INTERVAL_SUBSETS, INTERVAL_SIZE = 40, 4, 500
-"""Of the kernel distance's bootstrap, where the whole would take minutes."""
 LARGE = 256
 """Features beyond which a Fréchet distance takes long: its rounds fall as it rises, with the third power."""
 
@@ -38,6 +43,7 @@ def distance_figures(
     said: `against`, `network`, `weights`, `remark` of every figure.
     """
     known, size = gaussian_of(reference), min(SUBSET_SIZE, len(drawn), len(reference))
+    kernel = kernel_distance(drawn, reference, size, SUBSETS, seed)[0]
     rows = [
         Figure(
             part=part, name=frechet_name(said["network"]), better="lower",
@@ -47,8 +53,8 @@ def distance_figures(
         ),
         Figure(
             part=part, name="kernel distance" if said["network"] != INCEPTION else "KID", better="lower",
-            value=kernel_distance(drawn, reference, size, SUBSETS, seed)[0], images=len(drawn),
-            interval=_kernel_interval(drawn, reference, seed),
+            value=kernel, images=len(drawn),
+            interval=kernel_interval(kernel, reference, drawn, ROUNDS, seed),
             real=None if real is None else kernel_distance(
                 real, reference, min(size, len(real)), SUBSETS, seed
             )[0], **said,
@@ -82,13 +88,6 @@ def frechet_interval(features: Tensor, known: Gaussian, seed: int) -> tuple[floa
 def within(interval: tuple[float, float], low: float = 0.0, high: float = math.inf) -> tuple[float, float]:
     """An interval without what the figure cannot be."""
     return max(low, interval[0]), min(high, interval[1])
-
-
-def _kernel_interval(drawn: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
-    size = min(INTERVAL_SIZE, len(drawn), len(reference))
-    return bootstrap(
-        lambda some: kernel_distance(some, reference, size, INTERVAL_SUBSETS, seed)[0], drawn, INTERVAL_ROUNDS, seed
-    )
 
 
 def memory_figure(drawn: Tensor, real: Tensor | None, reference: Tensor, seed: int, **said: str) -> Figure:
