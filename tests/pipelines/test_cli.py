@@ -107,7 +107,7 @@ def test_no_or_an_unknown_command(tmp_path, arguments, message):
     assert message in refused(ldm(*arguments, cwd=tmp_path))
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["assemble"]])
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["assemble"], ["evaluate"]])
 def test_help_needs_nothing_heavy(tmp_path, arguments):
     result = ldm(*arguments, "--help", cwd=tmp_path)
     assert result.returncode == 0 and "usage: ldm" in result.stdout and result.stderr == ""
