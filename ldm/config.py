@@ -94,6 +94,8 @@ class TrainingConfig:
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware multiplies it fast, else fp32."""
     compile: bool = False
     """Compile the network's repeated blocks: half a minute or more, then faster steps."""
+    activation_memory: float = 1.0
+    """Share of a compiled block's activations that is kept for the backward pass; the others are computed again."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     find_micro_batch: bool = False
@@ -120,6 +122,7 @@ class TrainingConfig:
         require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
                  "> 0 or null")  # fmt: skip
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
+        require(0 < self.activation_memory <= 1, "training.activation_memory", self.activation_memory, "in (0, 1]")
         require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
         choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
         choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))

@@ -11,8 +11,13 @@ BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, ResidualAtte
 """Of which the networks of all stages are made; one inside another is part of that."""
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Has every block of `model` compiled in place when it is first called; names of weights stay as they are."""
+def compile_blocks(model: nn.Module, activation_memory: float = 1.0) -> None:
+    """Has every block of `model` compiled in place when it is first called; names of weights stay as they are.
+
+    activation_memory: the share, in (0, 1], of what a block would keep for its backward pass; the rest is computed
+    again, those activations first that cost least. Holds for the whole process.
+    """
+    torch._functorch.config.activation_memory_budget = activation_memory
     blocks = outermost(model)
     # One graph for each shape of a block's weights and input, in training and outside; beyond the limit torch stops
     # compiling without a word.

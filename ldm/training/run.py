@@ -117,7 +117,7 @@ def ready(model: nn.Module, training: TrainingConfig, accelerator: Accelerator) 
     if training.gradient_checkpointing:
         memory.checkpoint_gradients(model)
     if training.compile:
-        compile_blocks(model)
+        compile_blocks(model, training.activation_memory)
 
 
 def claim(config: RunConfig, accelerator: Accelerator) -> Path:

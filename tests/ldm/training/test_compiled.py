@@ -31,6 +31,22 @@ def test_blocks_are_compiled_in_place():
     torch.testing.assert_close(compiled, eager)
 
 
+def test_less_is_kept_for_the_backward_pass_and_the_gradients_stay():
+    kept, gradients = {}, {}
+    for share in (1.0, 0.2):
+        torch.manual_seed(0)
+        block = ResnetBlock2D(in_channels=16, out_channels=16, groups=2, temb_channels=None)
+        compile_blocks(block, share)
+        torch._dynamo.reset()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            block(torch.randn(2, 16, 32, 32), None).square().sum().backward()
+        kept[share], gradients[share] = sum(sizes), [parameter.grad for parameter in block.parameters()]
+    torch._functorch.config.activation_memory_budget = 1.0
+    assert kept[0.2] < 0.8 * kept[1.0]
+    torch.testing.assert_close(gradients[0.2], gradients[1.0])
+
+
 def test_a_block_inside_another_is_part_of_it():
     model = nn.Sequential(nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2)), nn.Conv2d(8, 1, 1))
     assert outermost(model) == [model[0][0]]
