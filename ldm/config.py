@@ -29,7 +29,8 @@ class DataConfig:
     .json member such as json.caption; templates take both, too."""
     caption_templates: list[str] = field(default_factory=list)
     """Captions over columns, such as "a photo of a {label}"; one is drawn for each sample and epoch, the first is the
-    canonical one. Class labels become their names."""
+    canonical one. Class labels become their names. The first stands in for one over several columns that hold the same
+    words."""
     label_names: list[str] = field(default_factory=list)
     """Names of integer labels in a column called `label`, where the data set does not hold them itself."""
     horizontal_flip: bool = False

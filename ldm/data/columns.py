@@ -1,5 +1,6 @@
 """Which columns captions are made of, and how."""
 
+import functools
 import re
 import string
 from collections.abc import Collection
@@ -28,19 +29,31 @@ def caption_columns(config: DataConfig, columns: Collection[str], image_column: 
             f"data: set caption_column or caption_templates, such as 'a photo of a {{label}}'; "
             f"{config.source} has the columns {', '.join(columns)}"
         )
-    needed = {
-        name for template in config.caption_templates for _, name, _, _ in string.Formatter().parse(template) if name
-    }
+    needed = {name for template in config.caption_templates for name in _columns_of(template)}
     if absent := sorted(needed - (set(columns) - {image_column})):
         raise UserError(f"data.caption_templates name {absent[0]!r}: {config.source} has no such column; {there}")
     return sorted(needed)
 
 
 def make_captions(config: DataConfig, row: dict[str, str]) -> list[str]:
-    """The captions of a row of `caption_columns`, whose values are words: the column, or each template filled in."""
+    """The captions of a row of `caption_columns`, whose values are words: the column, or each template filled in. The
+    first template stands in for one that would say the same words twice: "a {name}, a kind of {concept}" where both are
+    "camel". So all rows have as many captions."""
     if config.caption_column is not None:
         return [row[config.caption_column]]
-    return [fill_template(template, row) for template in config.caption_templates]
+    first = config.caption_templates[0]
+    return [fill_template(first if _repeats(template, row) else template, row) for template in config.caption_templates]
+
+
+def _repeats(template: str, row: dict[str, str]) -> bool:
+    """Whether two columns that `template` names hold the same words."""
+    values = [row[name].lower() for name in _columns_of(template)]
+    return len(set(values)) < len(values)
+
+
+@functools.cache
+def _columns_of(template: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
 def words(config: DataConfig, feature: object, column: str, value: object) -> str:

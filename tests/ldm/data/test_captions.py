@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.captions import open_images
-from ldm.data.columns import fill_template
+from ldm.data.columns import fill_template, make_captions
 from ldm.data.decode import open_picture
 from ldm.errors import RunError, UserError
 
@@ -116,6 +116,14 @@ def test_names_for_integer_labels(parquet):
 )
 def test_articles_agree(template, row, text):
     assert fill_template(template, row) == text
+
+
+def test_a_template_that_would_repeat_itself_gives_way_to_the_first():
+    config = DataConfig(caption_templates=["a {name}", "a {name}, a kind of {concept}", "the {concept}"])
+    assert make_captions(config, {"name": "tabby cat", "concept": "cat"}) == [
+        "a tabby cat", "a tabby cat, a kind of cat", "the cat"
+    ]  # fmt: skip
+    assert make_captions(config, {"name": "Camel", "concept": "camel"}) == ["a Camel", "a Camel", "the camel"]
 
 
 def test_what_is_random_depends_on_seed_epoch_and_index_alone(pictures):
