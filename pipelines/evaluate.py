@@ -91,12 +91,11 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name} is {value}; precision and recall by five neighbours need at least {FEWEST} images")
         check_count(name, value, smallest)
     check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED)
-    for steps in (*([arguments.num_inference_steps] if arguments.num_inference_steps is not None else []),
-                  *(arguments.steps or [])):  # fmt: skip
-        check_count("--num-inference-steps", steps)
-    for scale in (*([arguments.guidance_scale] if arguments.guidance_scale is not None else []),
-                  *(arguments.guidance_scales or [])):  # fmt: skip
-        check_scale("--guidance-scale", scale)
+    for option, check in (("num_inference_steps", check_count), ("steps", check_count),
+                          ("guidance_scale", check_scale), ("guidance_scales", check_scale)):  # fmt: skip
+        given = getattr(arguments, option)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            check(f"--{option.replace('_', '-')}", value)
     if arguments.caption_column is not None and arguments.caption_template is not None:
         raise UserError("--caption-column and --caption-template exclude each other; leave one out")
 

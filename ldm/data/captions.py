@@ -234,7 +234,8 @@ def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: s
     if config.caption_column is not None:
         captions = table[config.caption_column]
         return lambda index: [str(captions[index])]
-    values = {name: [words(config, table.features[name], name, value) for value in table[name]] for name in needed}
+    kinds = table.features  # which are copied each time they are asked for
+    values = {name: [words(config, kinds[name], name, value) for value in table[name][:]] for name in needed}
     return lambda index: make_captions(config, {name: column[index] for name, column in values.items()})
 
 

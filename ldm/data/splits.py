@@ -76,6 +76,11 @@ def captioned(config: DataConfig, column: str | None, template: str | None) -> D
         table = load_table(config)
         found, columns = proposed(config, table), table.column_names
     if found.caption_column is None and not found.caption_templates:
+        if len(columns) == 1:
+            raise UserError(
+                f"--data {config.source} holds no captions, only {columns[0]}; put that of each name.png into name.txt "
+                "beside it, or take data with a column of texts or labels"
+            )
         raise UserError(
             f"--data {config.source} holds no captions that speak for themselves; it has {', '.join(columns)}: name "
             "one with --caption-column, or write them with --caption-template 'a photo of a {label}'"

@@ -30,7 +30,18 @@ def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
 
 def retrieval_recall(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str]) -> dict[str, float | int]:
     """R@1 among the different captions: `image_to_text`, the share of pictures whose nearest caption is theirs, and
-    `text_to_image`, the share of captions whose nearest picture is theirs; of how many `captions` there are.
+    `text_to_image`, the share of captions whose nearest picture is theirs; of how many `captions` there are. The means
+    of `retrieved`, which raises for it."""
+    to_text, to_image = retrieved(image_embeds, text_embeds, captions)
+    return {
+        "image_to_text": to_text.double().mean().item(),
+        "text_to_image": to_image.double().mean().item(),
+        "captions": len(to_image),
+    }
+
+
+def retrieved(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Whether each picture's nearest caption is its own (N,), and the nearest picture of each different caption (K,).
 
     Radford et al. 2021, §3.1 and table 13, by cosine. Equal captions are one, and any picture of it is right, as in
     training (`ldm.clip.model.retrieval_at_1`). Chance is 1 / `captions`, so that it must be told with the figures.
@@ -46,21 +57,16 @@ def retrieval_recall(image_embeds: Tensor, text_embeds: Tensor, captions: Sequen
     ids = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions], device=image_embeds.device)
     first = torch.tensor([captions.index(caption) for caption in numbers], device=image_embeds.device)
     images, texts = F.normalize(image_embeds.double(), dim=1), F.normalize(text_embeds.double()[first], dim=1)
-    right = 0
+    right = []
     best, found = torch.full((len(texts),), -torch.inf, dtype=torch.float64, device=images.device), ids[first] * 0
     for start in range(0, len(images), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         cosines = images[part] @ texts.T
-        right += (cosines.argmax(dim=1) == ids[part]).sum().item()
+        right.append(cosines.argmax(dim=1) == ids[part])
         value, row = cosines.max(dim=0)
         found = torch.where(value > best, ids[part][row], found)
         best = torch.maximum(best, value)
-    is_theirs = found == torch.arange(len(texts), device=images.device)
-    return {
-        "image_to_text": right / len(images),
-        "text_to_image": is_theirs.double().mean().item(),
-        "captions": len(texts),
-    }
+    return torch.cat(right), found == torch.arange(len(texts), device=images.device)
 
 
 def read_right(logits: Tensor, names: Sequence[str], captions: Sequence[str]) -> list[bool | None]:

@@ -124,25 +124,33 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def neighbour_measures(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
+def neighbour_measures(real: Tensor, drawn: Tensor, k: int = 5, real_radii: Tensor | None = None) -> dict[str, float]:
     """precision, recall, density and coverage of `drawn` (N, F) against `real` (M, F), N, M > k.
 
     Around each image lies a ball that reaches to its k-th nearest neighbour in its own set. precision: the share of the
     drawn images that lie in a ball of a real one; recall: of the real ones in a ball of a drawn one (Kynkäänniemi et
     al. 2019, equation 1; there k = 3). density: in how many balls of real images a drawn one lies, over k; coverage:
     the share of the balls of real images with a drawn one in them (Naeem et al. 2020, equations 3 and 4; k = 5). A
-    density may be above 1. All depend on N and M: compare only figures of equally many.
+    density may be above 1. All depend on N and M: compare only figures of equally many. real_radii: the real images'
+    `radii`, where they are known.
 
     Raises:
         UserError: shapes that do not match, too few images for k, or a feature that is not finite.
     """
     real, drawn = _pair(real, drawn, least=k + 1, names=("real", "drawn"))
-    values = _neighbour_measures(real, drawn, k, torch.ones(1, len(drawn), dtype=torch.float64, device=drawn.device))
+    times = torch.ones(1, len(drawn), dtype=torch.float64, device=drawn.device)
+    values = _neighbour_measures(real, drawn, k, times, real_radii)
     return {name: value.item() for name, value in values.items()}
 
 
 def neighbour_intervals(
-    real: Tensor, drawn: Tensor, k: int, rounds: int, seed: int, level: float = 0.95
+    real: Tensor,
+    drawn: Tensor,
+    k: int,
+    rounds: int,
+    seed: int,
+    level: float = 0.95,
+    real_radii: Tensor | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Confidence intervals (low, high) of `neighbour_measures`, as `bootstrap` makes them, of all rounds in one pass.
 
@@ -150,13 +158,21 @@ def neighbour_intervals(
     """
     real, drawn = _pair(real, drawn, least=k + 1, names=("real", "drawn"))
     times = _times(len(drawn), _checked_rounds(rounds, level), seed).to(drawn)
-    values = _neighbour_measures(real, drawn, k, torch.cat([torch.ones_like(times[:1]), times]))
+    values = _neighbour_measures(real, drawn, k, torch.cat([torch.ones_like(times[:1]), times]), real_radii)
     return {name: _interval(value[0].item(), value[1:].cpu(), level) for name, value in values.items()}
 
 
-def _neighbour_measures(real: Tensor, drawn: Tensor, k: int, times: Tensor) -> dict[str, Tensor]:
+def radii(features: Tensor, k: int) -> Tensor:
+    """Distance (N,) of each of features (N, F) to its k-th nearest other, N > k. Raises as `neighbour_measures`."""
+    return _radii(_checked(features, "features", least=k + 1), k)
+
+
+def _neighbour_measures(
+    real: Tensor, drawn: Tensor, k: int, times: Tensor, real_radii: Tensor | None
+) -> dict[str, Tensor]:
     """Each measure (R,) where drawn image j counts `times[r, j]` times in round r; times (R, N)."""
-    real_radii, drawn_radii = _radii(real, k), _radii(drawn, k)
+    real_radii = _radii(real, k) if real_radii is None else real_radii.to(real)
+    drawn_radii = _radii(drawn, k)
     is_there = (times > 0).to(drawn)
     balls = torch.zeros(len(drawn), dtype=torch.float64, device=drawn.device)  # of real images, around each drawn one
     reached, covered = torch.zeros(2, len(times), dtype=torch.float64, device=drawn.device)
@@ -175,8 +191,10 @@ def _neighbour_measures(real: Tensor, drawn: Tensor, k: int, times: Tensor) -> d
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each of features (N, F) to its k-th nearest other, (N,)."""
-    return torch.cat([distances.kthvalue(k + 1, dim=1).values for _, distances in _distances(features, features)])
+    # `topk` takes a tenth of the time of `kthvalue`
+    return torch.cat(
+        [distances.topk(k + 1, dim=1, largest=False).values[:, -1] for _, distances in _distances(features, features)]
+    )
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

@@ -255,6 +255,9 @@ def _load(name: str, root: Path) -> PreTrainedModel:
     architecture = (config.get("architectures") or [config.get("_class_name")])[0]
     # Of a whole CLIP the image tower
     kind = CLIPVisionModelWithProjection if architecture == "CLIPModel" else _class_in_transformers(architecture)
+    if architecture is None:
+        raise UserError(f"'{name}': its config.json names no architecture; give CLIP or an image classifier as "
+                        "transformers saves them")  # fmt: skip
     if kind is None or kind.main_input_name != "pixel_values":
         raise UserError(f"'{name}' is of {architecture}, which reads no images in transformers; give CLIP or an image "
                         "classifier")  # fmt: skip

@@ -46,8 +46,8 @@ class Report:
     """File -> what it shows."""
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """What was varied -> a row of figures for each value."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """What has no place in a table: accuracy caption by caption, …"""
+    details: dict[str, dict[str, float]] = field(default_factory=dict)
+    """A heading -> figures by name: accuracy caption by caption, …"""
     made_with: dict[str, Any] = field(default_factory=dict)
     """Versions, device, seconds: what differs from one evaluation to the next of the same model."""
 
@@ -84,12 +84,19 @@ def as_markdown(report: Report) -> str:
     for part in dict.fromkeys(figure.part for figure in report.figures):
         sections.append(f"## {part}\n\n{_table([figure for figure in report.figures if figure.part == part])}")
     for varied, rows in report.curves.items():
-        sections.append(f"## Against {varied}\n\n{_rows(list(rows[0]), [map(number, row.values()) for row in rows])}")
+        table = _rows(list(rows[0]), [map(number, row.values()) for row in rows])
+        sections.append(f"## Quality over {varied}\n\n{_of_curves(report.settings)}\n\n{table}")
+    for what, rows in report.details.items():
+        table = _rows(["", "value"], [(name, number(value)) for name, value in rows.items()])
+        sections.append(f"## {what.capitalize()}\n\n{table}")
+    if report.pictures:
+        sections.append("## Pictures")
     for file, shown in report.pictures.items():
-        sections.append(f"## {shown}\n\n![{shown}]({file})")
-    settings = [(name, "" if value is None else str(value)) for name, value in report.settings.items()]
+        sections.append(f"{shown}\n\n![{shown.partition(':')[0]}]({file})")
+    settings = [(name, str(value)) for name, value in report.settings.items() if value is not None]
     sections.append(f"## Settings\n\n{_rows(['setting', 'value'], settings)}")
-    sections.append("Made with " + ", ".join(f"{name} {value}" for name, value in report.made_with.items()) + ".")
+    made_with = [(name, _written(value)) for name, value in report.made_with.items()]
+    sections.append(f"Made with {', '.join(f'{name} {value}' for name, value in made_with)}.")
     return "\n\n".join(sections) + "\n"
 
 
@@ -138,6 +145,16 @@ def _facts(report: Report) -> str:
         f" ({settings.get('split')}), seed {settings.get('seed')}. In brackets the 95 % interval by bootstrap over the "
         "images; “real” is the same figure of real images of that split."
     )
+
+
+def _of_curves(settings: dict[str, Any]) -> str:
+    """What every point of a curve rests on."""
+    judges = [f"{name}: {settings[name]}" for name in ("features", "clip", "classifier") if settings.get(name)]
+    return "; ".join([f"{settings.get('curve_images')} images a point", f"against {settings.get('against')}", *judges])
+
+
+def _written(value: object) -> str:
+    return " + ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _table(figures: Sequence[Figure]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data import shapes
 from ldm.evaluation import distances
-from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall
+from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall, retrieved
 from ldm.evaluation.distances import (
     Gaussian,
     bootstrap,
@@ -26,17 +26,14 @@ NEIGHBOURS = 5
 """k of precision, recall, density and coverage; so many images and one more are needed."""
 SUBSETS, SUBSET_SIZE = 100, 1000
 ROUNDS = 200
+COPIES = 0.9
+"""Times as far from training images as other real images lie: nearer is a sign of learning by heart."""
 LARGE = 256
 """Features beyond which a Fréchet distance takes long: its rounds fall as it rises, with the third power."""
 
 
 def distance_figures(
-    part: str,
-    drawn: Tensor,
-    real: Tensor | None,
-    reference: Tensor,
-    seed: int,
-    **said: str,
+    part: str, drawn: Tensor, real: Tensor | None, reference: Tensor, seed: int, **said: str
 ) -> list[Figure]:
     """Distances of features drawn (N, F) to those of reference (M, F), and of real (K, F) images beside them.
 
@@ -60,9 +57,10 @@ def distance_figures(
             )[0], **said,
         ),
     ]  # fmt: skip
-    values = distances.neighbour_measures(reference, drawn, NEIGHBOURS)
-    intervals = distances.neighbour_intervals(reference, drawn, NEIGHBOURS, ROUNDS, seed)
-    others = {} if real is None else distances.neighbour_measures(reference, real, NEIGHBOURS)
+    radii = distances.radii(reference, NEIGHBOURS)  # which take longest, of thousands of images
+    values = distances.neighbour_measures(reference, drawn, NEIGHBOURS, radii)
+    intervals = distances.neighbour_intervals(reference, drawn, NEIGHBOURS, ROUNDS, seed, real_radii=radii)
+    others = {} if real is None else distances.neighbour_measures(reference, real, NEIGHBOURS, radii)
     for name, value in values.items():
         rows.append(
             Figure(
@@ -90,18 +88,27 @@ def within(interval: tuple[float, float], low: float = 0.0, high: float = math.i
     return max(low, interval[0]), min(high, interval[1])
 
 
-def memory_figure(drawn: Tensor, real: Tensor | None, reference: Tensor, seed: int, **said: str) -> Figure:
-    """How near pictures lie to their nearest training image; nearer than real ones do is learned by heart."""
-    found = distances.nearest(drawn, reference)[0]
-    others = None if real is None else distances.nearest(real, reference)[0]
-    if others is not None:
-        ratio = f"{found.median().item() / others.median().item():.2f} times that of real images"
-        said["remark"] = f"{ratio}; {said['remark']}" if said.get("remark") else ratio
-    return Figure(
-        part="Pictures drawn", name="distance to the nearest, median", value=found.median().item(), images=len(drawn),
-        interval=mean_interval(found, seed, torch.median),
-        real=None if others is None else others.median().item(), **said,
-    )  # fmt: skip
+def memory_figures(nearest: Tensor, real: Tensor | None, seed: int, **said: str) -> list[Figure]:
+    """How far pictures lie from their nearest training image, distances (N,), beside real images (K,) of another split:
+    a model that has learned images by heart draws nearer to them than those lie."""
+    part, median = "Memorisation", nearest.median().item()
+    others = None if real is None else real.median().item()
+    figures = [
+        Figure(
+            part=part, name="distance to the nearest neighbour, median", value=median, images=len(nearest),
+            interval=mean_interval(nearest, seed, torch.median), real=others, **said,
+        )
+    ]  # fmt: skip
+    if others:
+        low, high = mean_interval(nearest / others, seed, torch.median)
+        figures.append(
+            Figure(
+                part=part, name="nearest-neighbour ratio, drawn to real", better="higher", value=median / others,
+                images=len(nearest), interval=within((low, high)), real=1.0,
+                **said | {"remark": f"the medians' ratio; below {COPIES} is a sign of copying"},
+            )
+        )  # fmt: skip
+    return figures
 
 
 def text_figures(
@@ -113,6 +120,7 @@ def text_figures(
     found = retrieval_recall(drawn, texts, captions)
     among = f"among {found['captions']:,} different captions: chance is {1 / found['captions']:.2g}"
     others = {} if real is None else retrieval_recall(real, texts[: len(real)], captions[: len(real)])
+    hits = dict(zip(("image_to_text", "text_to_image"), retrieved(drawn, texts, captions), strict=True))
     return [
         Figure(
             part=part, name="CLIP score", better="higher", value=clip_score(drawn, texts), images=len(drawn),
@@ -122,6 +130,7 @@ def text_figures(
         *(
             Figure(
                 part=part, name=f"R@1, {name}", unit="%", better="higher", value=100 * found[key], images=len(drawn),
+                interval=within(mean_interval(100 * hits[key].double(), seed), high=100),
                 real=100 * others[key] if others else None, remark=among, **said,
             )
             for key, name in (("image_to_text", "picture to caption"), ("text_to_image", "caption to picture"))
@@ -133,7 +142,7 @@ def accuracy_figure(
     drawn: Tensor, real: Tensor | None, names: Sequence[str], captions: Sequence[str], seed: int, **said: str
 ) -> tuple[Figure, dict[str, float]]:
     """The share of pictures that a classifier reads as what their caption names, from its logits (N, C); and caption by
-    caption."""
+    caption, both in %."""
     right = read_right(drawn, names, captions)
     found = accuracy(right, captions)
     values = torch.tensor([float(value) for value in right if value is not None])
@@ -143,11 +152,12 @@ def accuracy_figure(
         others = 100 * accuracy(read_right(real, names, shown), shown)["accuracy"]
     worst = min(found["per_caption"], key=found["per_caption"].get)
     figure = Figure(
-        part="Pictures and captions", name="read right", unit="%", better="higher", value=100 * found["accuracy"],
+        part="Pictures and captions", name="classification accuracy", unit="%", better="higher",
+        value=100 * found["accuracy"],
         images=found["images"], interval=within(mean_interval(100 * values, seed), high=100), real=others,
         remark=f"worst: {worst!r}, {100 * found['per_caption'][worst]:.0f} %", **said,
     )  # fmt: skip
-    return figure, found["per_caption"]
+    return figure, {caption: 100 * share for caption, share in found["per_caption"].items()}
 
 
 def shapes_figures(drawn: Iterable[Tensor], captions: Sequence[str], seed: int) -> list[Figure]:

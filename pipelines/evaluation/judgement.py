@@ -113,10 +113,11 @@ def _distances(found: Judgement, data: Judged, images: Images, judges: Judges, s
     if len(drawn) != len(real) and beside is not None:
         found.warnings.append(f"“real” is of {len(real):,} images, as many as there are, beside {len(drawn):,} drawn")
     found.figures += measures.distance_figures("Pictures drawn", drawn, beside, reference, seed, **said)
-    found.figures.append(measures.memory_figure(drawn, beside, reference, seed, **said))
+    away = distances.nearest(drawn, reference)[0]
+    others = None if beside is None else distances.nearest(beside, reference)[0]
+    found.figures += measures.memory_figures(away, others, seed, **said | {"remark": judges.resizing})
     if warning := distances.few_images(min(len(drawn), len(reference)), drawn.shape[1]):
         found.warnings.append(warning)
-    away = distances.nearest(drawn, reference)[0]
     queries = away.argsort()[:SHOWN_QUERIES]
     to_all = torch.cdist(drawn[queries].double(), reference.double())
     values, rows = to_all.topk(min(SHOWN_NEIGHBOURS, len(reference)), dim=1, largest=False)

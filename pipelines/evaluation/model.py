@@ -1,11 +1,12 @@
 """A model as an evaluation sees it: something that paints captions."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ldm import hub
@@ -25,6 +26,9 @@ class Painter(Protocol):
     settings: dict[str, Any]
     """How it draws unless told otherwise."""
     device: torch.device
+    scheduler: SchedulerMixin
+    is_guided: bool
+    """Whether a guidance scale means anything to it."""
 
     def check_captions(self, captions: list[str]) -> None:
         """Raises `UserError` for one that cannot be painted."""
@@ -42,6 +46,17 @@ def open_painter(folder: Path, given: dict[str, Any]) -> "TextToImage | PixelSpa
     return (PixelSpace if kind in PIXEL_PIPELINES else TextToImage)(folder, device, given)
 
 
+def check_settings(painter: Painter, steps: dict[str, Iterable[int]], scales: dict[str, Iterable[float]]) -> None:
+    """Raises `UserError` where the model cannot draw in so many steps, or with such a guidance scale. Both: option of
+    the command line -> its values."""
+    for option, values in steps.items():
+        for value in values:
+            check_steps(option, value, painter.scheduler)
+    for option, values in scales.items():
+        if not painter.is_guided and any(value != 1 for value in values):
+            raise UserError(f"{option} belongs to a model of captions or classes; this one knows none")
+
+
 class TextToImage:
     """A pipeline of text to image, with its own settings."""
 
@@ -49,7 +64,7 @@ class TextToImage:
         self.pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.settings, self.device = self.pipe.default_settings | given, device
-        check_steps("--num-inference-steps", self.settings["num_inference_steps"], self.pipe.scheduler)
+        self.scheduler, self.is_guided = self.pipe.scheduler, True
         height, width = self.pipe._image_size(None, None)
         if height != width:
             raise UserError(f"model '{folder}' draws {height}×{width} pixels; only models of squares are evaluated")
@@ -75,9 +90,7 @@ class PixelSpace:
         self.classes: list[str] = json.loads(classes.read_text(encoding="utf-8")) if classes.is_file() else []
         steps = min(PIXEL_STEPS, self.scheduler.config.num_train_timesteps)
         self.settings = {"num_inference_steps": steps, "guidance_scale": 1.0} | given
-        check_steps("--num-inference-steps", self.settings["num_inference_steps"], self.scheduler)
-        if not self.classes and given.get("guidance_scale", 1.0) != 1.0:
-            raise UserError("--guidance-scale belongs to a model of captions or classes; this one knows none")
+        self.is_guided = bool(self.classes)
 
     def check_captions(self, captions: list[str]) -> None:
         """Raises `UserError` for a caption that is none of the model's classes."""

@@ -27,8 +27,10 @@ class Judges:
     own_clip: Clip | None
     """Whose embeddings the model's prior is trained on."""
     classifier: Classifier | None
+    resizing: str = ""
+    """What is to be said beside every figure of features, where pictures are resized for them …"""
     remark: str = ""
-    """What is to be said beside every distance."""
+    """… and beside every distance."""
 
 
 def open_judges(
@@ -55,12 +57,12 @@ def open_judges(
     else:
         network = open_features(features, device)
         _check_resolution("--features", features, network, side)
-    remarks = []
-    if network is not None and features != "inception":
-        remarks.append(NOT_COMPARABLE)
+    resizing = comparable = ""
     if network is not None and network.image_size != side:
-        remarks.append(f"pictures of {side} pixels resized to {network.image_size}")
-    return Judges(network, reader, own, judge, "; ".join(remarks))
+        resizing = f"pictures of {side} pixels resized to {network.image_size}"
+    if network is not None and features != "inception":
+        comparable = NOT_COMPARABLE
+    return Judges(network, reader, own, judge, resizing, "; ".join(filter(None, (comparable, resizing))))
 
 
 def apply(network: FeatureNetwork | Classifier, images: Pictures, what: str) -> Tensor:

@@ -94,9 +94,9 @@ def prior_figures(sampled: Tensor, texts: Tensor, true: Tensor, mean: Tensor, se
 
     found = cosines(joined)
     names = {
-        "prior": ("cosine of the prior's embedding to the image's", "higher"),
-        "text": ("… of the text's own embedding", ""),
-        "mean": ("… of the mean image embedding", ""),
+        "prior": ("cosine to the true image embedding, of the prior's", "higher"),
+        "text": ("cosine to the true image embedding, of the text's", ""),
+        "mean": ("cosine to the true image embedding, of the mean image's", ""),
     }
     return [
         Figure(
@@ -116,7 +116,8 @@ def likelihood_figure(painter: PixelSpace, images: Pictures, captions: list[str]
     )
     values = bits_per_dim(painter.unet, painter.scheduler, x, seed, labels)
     return Figure(
-        part="Likelihood", name="variational bound", unit="bits/dim", better="lower", value=values.mean().item(),
+        part="Likelihood", name="variational bound on -log p (VLB)", unit="bits/dim", better="lower",
+        value=values.mean().item(),
         images=len(x), interval=mean_interval(values, seed),
         remark=f"all {painter.scheduler.config.num_train_timesteps:,} terms, one draw of noise for each",
     )  # fmt: skip

@@ -13,8 +13,10 @@ from pipelines.evaluation.stored import Pictures
 TILE = 96
 """Pixels of a small picture's side on the sheet, at least."""
 LARGEST_TILE = 256
-GAP, LINE = 4, 14
-FONT = ImageFont.load_default(size=11)
+GAP, LINE = 4, 17
+FONT = ImageFont.load_default(size=13)
+LABEL = 150
+"""Pixels of a row's label, at most."""
 
 
 def rows(
@@ -22,14 +24,14 @@ def rows(
 ) -> Image.Image:
     """A row of pictures, uint8 (3, H, W), behind each label. beneath: texts of a line, under each picture."""
     side = _tile(labelled[0][1][0])
-    margin = max(len(line) for label, _ in labelled for line in _wrapped(label, 130)) * 7 + 2 * GAP
+    margin = round(max(FONT.getlength(line) for label, _ in labelled for line in _wrapped(label, LABEL))) + 3 * GAP
     height = side + GAP + (LINE if beneath is not None else 0)
     width = margin + max(len(pictures) for _, pictures in labelled) * (side + GAP)
     sheet = Image.new("RGB", (width, len(labelled) * height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (label, pictures) in enumerate(labelled):
         top = number * height + GAP
-        pen.multiline_text((GAP, top + side // 2), "\n".join(_wrapped(label, 130)), "black", FONT, anchor="lm")
+        pen.multiline_text((GAP, top + side // 2), "\n".join(_wrapped(label, LABEL)), "black", FONT, anchor="lm")
         for column, picture in enumerate(pictures):
             left = margin + column * (side + GAP)
             sheet.paste(_enlarged(picture, side), (left, top))
@@ -69,7 +71,7 @@ def beside(originals: Pictures, restored: Pictures, pairs: int = 10, lines: int 
     labelled = []
     for start in range(0, min(pairs * lines, len(originals)), pairs):
         places = range(start, min(start + pairs, len(originals)))
-        for label, some in (("original", originals), ("restored", restored)):
+        for label, some in (("original", originals), ("reconstruction", restored)):
             labelled.append((label, [some[place] for place in places]))
     return rows(labelled)
 
@@ -126,4 +128,4 @@ def _enlarged(picture: Tensor, side: int) -> Image.Image:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(8, width // 6)) or [""]
+    return textwrap.wrap(text, max(8, width // 7)) or [""]

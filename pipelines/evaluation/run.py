@@ -21,7 +21,7 @@ from pipelines.evaluation.data import Judged, open_judged
 from pipelines.evaluation.drawing import draw
 from pipelines.evaluation.images import NEIGHBOURS, shapes_figures
 from pipelines.evaluation.judgement import Images, Judgement, images_of, judge
-from pipelines.evaluation.model import PixelSpace, TextToImage, open_painter
+from pipelines.evaluation.model import PixelSpace, TextToImage, check_settings, open_painter
 from pipelines.evaluation.networks import Judges, apply, open_judges
 from pipelines.evaluation.settings import claim, fingerprint
 from pipelines.evaluation.stored import Pictures
@@ -44,15 +44,21 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     asked = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
     given = {name: value for name, value in asked.items() if value is not None}
     painter = open_painter(folder, given)
+    own_steps, own_scale = painter.settings["num_inference_steps"], painter.settings["guidance_scale"]
+    check_settings(
+        painter,
+        {"--num-inference-steps": [own_steps], "--steps": arguments.steps or []},
+        {"--guidance-scale": [own_scale], "--guidance-scales": arguments.guidance_scales or []},
+    )
+    judges = open_judges(
+        folder, arguments.features, arguments.clip, arguments.classifier, painter.side, painter.device
+    )  # fmt: skip
     data = open_judged(
         arguments.data, arguments.split, arguments.against, painter.side, arguments.num_images,
         arguments.reference_images, arguments.seed, arguments.caption_column, arguments.caption_template,
     )  # fmt: skip
     painter.check_captions(data.captions)
     _check_enough(arguments, data)
-    judges = open_judges(
-        folder, arguments.features, arguments.clip, arguments.classifier, painter.side, painter.device
-    )  # fmt: skip
     settings = _settings(arguments, name, folder, painter, data, judges)
     claim(output, settings)
     lock(output, "written")
@@ -78,7 +84,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
         warnings=found.warnings,
         pictures=shown,
         curves=curves,
-        details={"accuracy of each caption": found.per_caption} if found.per_caption else {},
+        details={"classification accuracy of each caption, %": found.per_caption} if found.per_caption else {},
         made_with={
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             "device": torch.cuda.get_device_name() if painter.device.type == "cuda" else platform.machine(),
@@ -182,7 +188,7 @@ def _quality(
         quality["CLIP score"] = clip_score(apply(judges.clip.images, drawn, "CLIP"), judges.clip.read(captions))
     if judges.classifier is not None:
         right = read_right(apply(judges.classifier, drawn, "reading"), judges.classifier.names, captions)
-        quality["read right, %"] = 100 * accuracy(right, captions)["accuracy"]
+        quality["accuracy, %"] = 100 * accuracy(right, captions)["accuracy"]
     if data.config.source == "shapes":
         quality["captions right, %"] = shapes_figures(drawn, captions, seed=0)[0].value
     return quality
@@ -195,11 +201,11 @@ def _draw_pictures(
     output: Path, data: Judged, images: Images, found: Judgement, curves: dict[str, list[dict[str, float]]]
 ) -> dict[str, str]:
     """Writes them; returns what each file shows."""
-    shown = {SAMPLES: "Pictures drawn, not selected"}
+    shown = {SAMPLES: "Samples: the first pictures drawn, not selected"}
     pictures.samples(images.drawn, data.captions).save(output / SAMPLES)
     if found.restored is not None:
         pictures.beside(images.real, found.restored).save(output / RESTORED)
-        shown[RESTORED] = "Real images, and what the autoencoder keeps of them"
+        shown[RESTORED] = "Reconstructions: real images, and what the autoencoder keeps of them"
     if found.nearest is not None:
         queries, rows, values = found.nearest
         near = [[images.reference[row] for row in some] for some in rows]
@@ -208,10 +214,10 @@ def _draw_pictures(
             output / NEAREST
         )
         shown[NEAREST] = (
-            f"The pictures that lie nearest to images of {data.reference_split}, and these, with their distances in "
-            "features: has something been learned by heart?"
+            f"Nearest neighbours: of {len(images.drawn):,} pictures those that lie nearest to an image of "
+            f"{data.reference_split}, and their nearest ones with the distances in features. Are they copies?"
         )
     if curves:
         pictures.curves(curves).savefig(output / CURVES, dpi=110)
-        shown[CURVES] = "Quality over settings, fewer images each, all from the same seeds"
+        shown[CURVES] = "Curves: quality over settings, all of the same captions and seeds"
     return shown

@@ -11,7 +11,7 @@ DISTANCE = Figure(
     part="Pictures drawn", name="FID", value=12.3456, better="lower", images=1000, against="50 images of train",
     network="inception", weights="abc", interval=(12.0, 12.6), real=3.2, remark="by many",
 )  # fmt: skip
-SHARE = Figure(part="Captions", name="read right", value=90.0, unit="%", better="higher", images=1000)
+SHARE = Figure(part="Captions", name="accuracy", value=90.0, unit="%", better="higher", images=1000)
 REPORT = Report(
     model="mine", settings={"num_images": 1000, "data": "there", "split": "test", "seed": 0, "clip": None},
     figures=[DISTANCE, SHARE], warnings=["few"], pictures={"a.png": "Pictures"},
@@ -37,7 +37,7 @@ def test_the_page_names_what_every_figure_rests_on():
     page = as_markdown(REPORT)
     line = "| FID | 12.35 [12, 12.6] | 3.2 | lower | 1,000 | 50 images of train | inception | abc | 1 |"
     assert line in page and "Note 1: by many." in page
-    assert "| read right | 90 % | higher | 1,000 |" in page
+    assert "| accuracy | 90 % | higher | 1,000 |" in page
     assert "**Warning.** few" in page and "![Pictures](a.png)" in page and "| 10 | 15.5 |" in page
 
 
@@ -50,7 +50,7 @@ def test_only_what_was_got_alike_is_compared():
     page = as_comparison(("a", "b"), (REPORT, other))
     assert "| Pictures drawn | FID (inception) | 12.35 [12, 12.6] | 14 [13.9, 14.1] | a |" in page
     assert "- seed: 0 and 1" in page
-    assert "- a: read right = 90" in page and "- b: read right (another) = 90" in page
+    assert "- a: accuracy = 90" in page and "- b: accuracy (another) = 90" in page
 
 
 @pytest.mark.parametrize(
