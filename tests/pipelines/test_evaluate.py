@@ -322,13 +322,16 @@ def test_mistakes_are_told_before_anything_heavy(told, number):
 
 def test_what_the_data_lack_is_told(model, data, tmp_path, capsys):
     common = ["--model", model, "--output", tmp_path / "report"]
+    assert "--steps is 5000" in refusal(capsys, *common, "--data", data, "--steps", "5,5000")
     assert f"--split 'other': {data} has " in refusal(capsys, *common, "--data", data, "--split", "other")
     assert "--against 'other'" in refusal(capsys, *common, "--data", data, "--against", "other")
     assert "name 'kind'" in refusal(capsys, *common, "--data", data, "--caption-template", "a {kind}")
     (tmp_path / "bare").mkdir()
     for number in range(7):
         Image.new("RGB", (16, 16), (number,) * 3).save(tmp_path / "bare" / f"{number}.png")
-    assert "holds no captions" in refusal(capsys, *common, "--data", tmp_path / "bare")
+    assert "holds no captions, only image; put that of each name.png" in refusal(
+        capsys, *common, "--data", tmp_path / "bare"
+    )
     for number in range(3):
         (tmp_path / "bare" / f"{number}.txt").write_text("a cat")
     assert "has 3 images in all; precision and recall" in refusal(capsys, *common, "--data", tmp_path / "bare")

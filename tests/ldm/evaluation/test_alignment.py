@@ -6,7 +6,7 @@ import torch
 from ldm.clip.model import retrieval_at_1
 from ldm.errors import UserError
 from ldm.evaluation import alignment
-from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall, text_image_scores
+from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall, retrieved, text_image_scores
 
 AXES = torch.eye(4)
 
@@ -28,6 +28,8 @@ def test_retrieval_of_embeddings_that_match():
     }
     swapped = retrieval_recall(AXES, AXES[[1, 0, 2, 3]], ["a", "b", "c", "d"])
     assert (swapped["image_to_text"], swapped["text_to_image"]) == (0.5, 0.5)
+    to_text, to_image = retrieved(AXES, AXES[[1, 0, 2, 3]], ["a", "b", "c", "d"])
+    assert to_text.tolist() == to_image.tolist() == [False, False, True, True]
 
 
 def test_equal_captions_count_as_right_and_as_one():
