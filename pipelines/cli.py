@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
 
 def console() -> None:
     """The command as installed."""
-    main(alone=True)
+    try:
+        main(alone=True)
+    finally:
+        gc.freeze()  # the process ends: looking for garbage among all that it imported would take a second
 
 
 def _run(argv: Sequence[str] | None, alone: bool) -> None:

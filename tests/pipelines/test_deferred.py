@@ -8,16 +8,23 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 DRAW = """
-import sys
+import gc, sys
+import torch
 from pipelines.cli import console
+by_torch = set(sys.modules)  # which releases differ in
 sys.argv = ["ldm", "generate", "a photo of a cat", "--num-inference-steps", "2", "--output", *sys.argv[1:]]
 try:
     console()
 except SystemExit as end:
     assert not end.code, end.code
-left_out = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sklearn", "bitsandbytes", "torchvision", "peft")
-print([name for name in left_out if sys.modules.get(name) is not None])
-import torch
+left_out = ("torch._dynamo", "torch.distributed.tensor", "sympy", "transformers.models", "scipy", "sklearn",
+            "bitsandbytes", "torchvision", "peft")
+print([name for name in left_out if name not in by_torch and sys.modules.get(name) is not None])
+assert gc.get_freeze_count() > 0 and gc.isenabled()
+import transformers.models
+assert transformers.models.__file__ and transformers.models.clip is sys.modules["transformers.models.clip"]
+assert transformers.models.t5.T5Config and transformers.T5Config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 assert torch._dynamo.config.recompile_limit > 0 and torch._dynamo.__file__
 assert torch.distributed.is_available()
 """
