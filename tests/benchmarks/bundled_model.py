@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import UserError, exit_code_of
-from ldm.evaluation.distances import frechet_distance
+from ldm.evaluation.distances import frechet_distance, nearest
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
@@ -28,6 +28,7 @@ from tests.benchmarks import cifar10_classifier
 from tests.benchmarks.cifar10_classifier import CLASSES
 
 FLOOR_SUBSETS = 10
+BATCH = 100
 GRID_COLUMNS = 10
 
 
@@ -67,7 +68,8 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
 
     Returns `accuracy` and `class_accuracy` in 0..1, `confusion` (10 × 10 counts, a row for each class asked for),
     `frechet_distance` to the training photographs, `frechet_floor` and `frechet_floor_std` over random subsets of the
-    test photographs with the same labels, and `frechet_ratio`, the distance in units of the floor.
+    test photographs with the same labels, `frechet_ratio`, the distance in units of the floor, and `nearest_ratio`: the
+    median distance of a picture to its nearest training photograph, in units of that of a test photograph.
     """
     logits, features = features_of(cifar10_classifier.load(), images, "pictures")
     confusion = torch.zeros(10, 10, dtype=torch.long)
@@ -80,6 +82,9 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
         ]
     )
     distance = frechet_distance(features, photographs.train_features)
+    drawn, real = (
+        nearest(some, photographs.train_features)[0].median().item() for some in (features, photographs.test_features)
+    )
     return {
         "images": len(images),
         "accuracy": confusion.diagonal().sum().item() / len(images),
@@ -89,6 +94,7 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
         "frechet_floor": floors.mean().item(),
         "frechet_floor_std": floors.std().item(),
         "frechet_ratio": distance / floors.mean().item(),
+        "nearest_ratio": drawn / real,
     }
 
 
@@ -105,20 +111,19 @@ def prompt_of(name: str) -> str:
 def draw(
     pipeline: LatentDiffusionPipeline, images_per_class: int, seed: int, **settings: float
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Pictures (N, 3, H, W) in [-1, 1], what they should show (N,), and the seed of each; one batch for each class."""
+    """Pictures (N, 3, H, W) in [-1, 1], what they should show (N,), and the seed of each; class by class."""
     pipeline.set_progress_bar_config(disable=True)
     pictures, seeds = [], []
     with tqdm(total=10 * images_per_class, desc="drawing", unit=" images") as bar:
         for c, name in enumerate(CLASSES):
-            seeds += [randomness.key(seed, "benchmark", c, number) for number in range(images_per_class)]
-            drawn = pipeline(
-                prompt=[prompt_of(name)] * images_per_class,
-                generator=[torch.Generator().manual_seed(s) for s in seeds[-images_per_class:]],
-                output_type="pt",
-                **settings,
-            ).images
-            pictures.append(drawn.float().cpu() * 2 - 1)
-            bar.update(images_per_class)
+            of_class = [randomness.key(seed, "benchmark", c, number) for number in range(images_per_class)]
+            seeds += of_class
+            for start in range(0, images_per_class, BATCH):
+                generators = [torch.Generator().manual_seed(s) for s in of_class[start : start + BATCH]]
+                prompts = [prompt_of(name)] * len(generators)
+                drawn = pipeline(prompt=prompts, generator=generators, output_type="pt", **settings).images
+                pictures.append(drawn.float().cpu() * 2 - 1)
+                bar.update(len(drawn))
     return torch.cat(pictures), torch.arange(10).repeat_interleave(images_per_class), seeds
 
 
@@ -136,6 +141,7 @@ def table(report: dict) -> str:
             f"Fréchet distance to the training photographs  {report['frechet_distance']:8.3f}",
             f"  of as many test photographs (the floor)      {report['frechet_floor']:8.3f}",
             f"  in units of the floor                        {report['frechet_ratio']:8.2f}",
+            f"median distance to the nearest of them, by photographs' {report['nearest_ratio']:8.2f}",
         ]
     )
 
