@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
 
 def console() -> None:
     """The command as installed."""
-    try:
-        main(alone=True)
-    finally:
-        gc.freeze()  # the process ends: looking for garbage among all that it imported would take a second
+    main(alone=True)
 
 
 def _run(argv: Sequence[str] | None, alone: bool) -> None:
@@ -154,12 +151,15 @@ def generate(arguments: argparse.Namespace) -> None:
         hub.check_finite(component)
     _say_what_it_knows(folder, arguments.prompt)
 
-    # Thousands of modules are imported now: looking for garbage among them again and again would take a second.
+    # Thousands of modules are imported now: looking for garbage among them again and again would take a second, and
+    # when the process ends another.
     gc.disable()
     try:
         _draw(arguments, folder, outputs)
     finally:
         gc.enable()
+        if arguments.alone:
+            gc.freeze()
 
 
 def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
