@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -38,5 +39,15 @@ def publish(temporary: Path, final: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that is never seen half-written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)
+
+
+def write_image(image: Any, path: Path) -> None:
+    """Saves an image of PIL, in the format that the file's ending names, so that it is never seen half-written."""
+    temporary = path.with_stem(f".{path.stem}.{os.getpid()}")
+    try:
+        image.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
+from ldm.files import write_image
 from pipelines import deferred, evaluate
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components, written_whole
@@ -361,15 +362,10 @@ def _generators(seed: int, count: int):
 
 
 def _write(image, path: Path) -> None:
-    """Writes beside, then renames: there is never half a picture."""
-    partial = path.with_stem(f".{path.stem}.{os.getpid()}")
     try:
-        image.save(partial)
-        partial.replace(path)
+        write_image(image, path)
     except OSError as error:
         raise RunError(f"'{path}' could not be written: {error.strerror or error}; nothing was replaced") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Drawing that can be interrupted: picture n is a function of (seed, n), and a file of its own once it is drawn."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import RunError
+from ldm.files import write_image
 from ldm.training import randomness
 from pipelines.evaluation.model import Painter
 from pipelines.evaluation.stored import Pictures
@@ -73,9 +73,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(pixels: Tensor, path: Path) -> None:
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(partial)
-        partial.replace(path)
+        write_image(Image.fromarray(pixels.permute(1, 2, 0).numpy()), path)
     except OSError as error:
         raise RunError(f"'{path}' could not be written: {error.strerror or error}; run it again to go on") from None

@@ -14,7 +14,7 @@ COUNTED = (".json", ".txt", ".safetensors")
 """Files of a model that say what it draws."""
 
 
-def fingerprint(folder: Path) -> str:
+def sha256_of_model(folder: Path) -> str:
     """The sha256, its first 16 digits, of all files of a model that say what it draws."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in COUNTED)
     lines = [f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files]

@@ -84,25 +84,21 @@ def load() -> Classifier:
 def feature_network() -> evaluation.FeatureNetwork:
     """The judge, as what the measures of `ldm.evaluation` take for features: (N, 256)."""
     model = load()
-    return evaluation.FeatureNetwork(
-        name="cifar10_classifier",
-        weights=f"{WEIGHTS.name}, {evaluation.fingerprint([WEIGHTS])}",
-        image_size=32,
-        size=256,
-        read=lambda images: model(_of_unit_interval(images))[1],
-    )
+    return evaluation.FeatureNetwork(**_told(), size=256, read=lambda images: model(_of_unit_interval(images))[1])
 
 
 def reader() -> evaluation.Classifier:
     """The judge, as what reads pictures there."""
     model = load()
-    return evaluation.Classifier(
-        name="cifar10_classifier",
-        weights=f"{WEIGHTS.name}, {evaluation.fingerprint([WEIGHTS])}",
-        image_size=32,
-        names=CLASSES,
-        read=lambda images: model(_of_unit_interval(images))[0],
-    )
+    return evaluation.Classifier(**_told(), names=CLASSES, read=lambda images: model(_of_unit_interval(images))[0])
+
+
+def _told() -> dict:
+    return {
+        "name": "cifar10_classifier",
+        "weights": f"{WEIGHTS.name}, {evaluation.fingerprint([WEIGHTS])}",
+        "image_size": 32,
+    }
 
 
 def _of_unit_interval(images: Tensor) -> Tensor:
