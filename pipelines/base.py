@@ -185,12 +185,14 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         latents: Tensor | None = None,
         eta: float = 0.0,
         prompt_embeds: PriorPrompt | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
         """The prior: B captions -> (B·n, D) CLIP image embeddings, each the best of `num_samples` samples.
 
         prompt_embeds: in place of the captions, what `encode_prompt` gives last.
+        device: where the pipeline computes, for callers that have looked it up, which takes a millisecond or two.
         """
-        device = self._execution_device
+        device = self._execution_device if device is None else device
         if prompt is not None and prompt_embeds is not None:
             raise UserError("give either prompt or prior_prompt_embeds, and not both")
         if prompt_embeds is None:

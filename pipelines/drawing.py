@@ -179,7 +179,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
 
         if image_embeds is None and self.prior is not None:
             image_embeds = self.sample_image_embeds(
-                prompt, num_images_per_prompt, generator=generator, **settings.prior
+                prompt, num_images_per_prompt, generator=generator, device=device, **settings.prior
             )
             if len(image_embeds) != batch:
                 raise UserError(f"prior_prompt_embeds are of {len(image_embeds)} images, prompt_embeds of {batch}")

@@ -19,7 +19,7 @@ LARGEST = 2**28
 """Bytes of a network's weights. They are held twice, and a larger network spends its time multiplying by them."""
 LEAST = 2**22
 """Multiplications of a linear layer. With fewer, starting oneDNN costs more than its speed gives."""
-OPERATORS = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight", "_linear_pointwise", "_reorder_linear_weight")
 """Of `torch.ops.mkldnn`: those that torch's own compiler writes where the weights do not change."""
 
 
@@ -88,8 +88,9 @@ def _convolve(layer: nn.Conv2d, weights: dict[torch.Size, Tensor], x: Tensor) ->
     if x.dtype != torch.float32 or x.ndim != 4:
         return nn.Conv2d.forward(layer, x)
     options = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    x = x.contiguous(memory_format=torch.channels_last)  # else oneDNN rearranges what goes in and what comes out
     if x.shape not in weights:
-        weights[x.shape] = torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *options, x.shape)
+        weights[x.shape] = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *options, x.shape)
     return torch.ops.mkldnn._convolution_pointwise(x, weights[x.shape], layer.bias, *options, "none", [], "")
 
 
