@@ -4,14 +4,17 @@
 
 CHECKOUT: a checkout of Diffusers' repository of the installed version, whose `tests/` the wheel does not hold. Only
 `tests/pipelines/test_pipelines_common.py`, `pipeline_params.py` and what they import are read. Components are the tiny
-random ones of `tests/pipelines/conftest.py`. Prints a line a pipeline and why a test does not apply; exits with 1 where
-one fails. Tests of an accelerator are skipped where there is none.
+random ones of `tests/pipelines/conftest.py`, and so are those of the repository that one test opens: a cache of the
+Hub's is filled with them, and nothing is downloaded. Prints a line a pipeline and why a test does not apply; exits with
+1 where one fails. Tests of an accelerator are skipped where there is none.
 """
 
 import importlib
 import io
+import os
 import runpy
 import sys
+import tempfile
 import unittest
 import warnings
 from collections.abc import Callable
@@ -51,12 +54,44 @@ NOT_FOR = {
 }
 """Tests that do not apply, and why."""
 
+REPOSITORY = "hf-internal-testing/tiny-stable-diffusion-pipe"
+
+
+def fill_cache(cache: Path) -> None:
+    """Puts a `StableDiffusionPipeline` where the Hub's client keeps what it has downloaded of REPOSITORY."""
+    from diffusers import StableDiffusionPipeline
+
+    folder, commit = cache / f"models--{REPOSITORY.replace('/', '--')}", "0" * 40
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**without_prior(None, own_only=True), **checker).save_pretrained(
+        folder / "snapshots" / commit
+    )
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def without_prior(_: object) -> dict:
+    """Components in the layout of `StableDiffusionPipeline`; those of a prior are None."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    parts = runpy.run_path(str(ROOT / "tests" / "pipelines" / "conftest.py"))
+    found = parts["components"]()
+    unread = ("class_embed_type", "projection_class_embeddings_input_dim")
+    config = {k: v for k, v in found["unet"].config.items() if not k.startswith("_") and k not in unread}
+    torch.manual_seed(0)
+    own = {"unet": UNet2DConditionModel(**config).eval()}
+    own["text_encoder"] = parts["CLIPTextModel"](found["text_encoder"].config).eval()
+    own |= {k: found[k] for k in ("vae", "tokenizer", "scheduler")}
+    rest = ("prior_tokenizer", "prior_text_encoder", "prior", "prior_scheduler", "image_normalizer",
+            "image_noising_scheduler")  # fmt: skip
+    return own | dict.fromkeys(rest)
+
 
 def cases(common: Any, params: Any) -> dict[str, type[unittest.TestCase]]:
     """Name -> what Diffusers' mixins ask for: a pipeline, its parameters, components and inputs."""
     import numpy as np
     import torch
-    from diffusers import UNet2DConditionModel
     from PIL import Image
 
     import pipelines
@@ -79,17 +114,6 @@ def cases(common: Any, params: Any) -> dict[str, type[unittest.TestCase]]:
             return found | tower if images else found
 
         return components
-
-    def without_prior(_) -> dict:
-        found = parts["components"]()
-        unread = ("class_embed_type", "projection_class_embeddings_input_dim")
-        config = {k: v for k, v in found["unet"].config.items() if not k.startswith("_") and k not in unread}
-        torch.manual_seed(0)
-        own = {"unet": UNet2DConditionModel(**config).eval()}
-        own["text_encoder"] = parts["CLIPTextModel"](found["text_encoder"].config).eval()
-        rest = ("prior_tokenizer", "prior_text_encoder", "prior", "prior_scheduler", "image_normalizer",
-                "image_noising_scheduler")  # fmt: skip
-        return {k: found[k] for k in ("vae", "tokenizer", "scheduler")} | own | dict.fromkeys(rest)
 
     def case(kind: str, components: Callable, inputs: dict, wanted: frozenset, batched: frozenset, mixins=(), **own):
         def get_dummy_inputs(self, device, seed=0):
@@ -186,7 +210,14 @@ def main() -> bool:
     parser.add_argument("--diffusers", metavar="CHECKOUT", required=True, help="of the installed version")
     parser.add_argument("--only", metavar="NAME", help="of one pipeline, as a former run names it")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(arguments.diffusers).expanduser().resolve()))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ |= {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}  # read when the client is imported
+        fill_cache(Path(cache))
+        return run_all(Path(arguments.diffusers).expanduser().resolve(), arguments.only)
+
+
+def run_all(checkout: Path, only: str | None) -> bool:
+    sys.path.insert(0, str(checkout))
     common = importlib.import_module("tests.pipelines.test_pipelines_common")
     params = importlib.import_module("tests.pipelines.pipeline_params")
 
@@ -197,8 +228,7 @@ def main() -> bool:
     for name in pipelines.__all__:  # one of the tests looks for the class there
         setattr(diffusers.pipelines, name, getattr(pipelines, name))
     warnings.simplefilter("ignore")
-    found = cases(common, params)
-    passed = [run(name, case) for name, case in found.items() if arguments.only in (None, name)]
+    passed = [run(name, case) for name, case in cases(common, params).items() if only in (None, name)]
     return all(passed)
 
 
