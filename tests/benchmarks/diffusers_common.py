@@ -63,9 +63,8 @@ def fill_cache(cache: Path) -> None:
 
     folder, commit = cache / f"models--{REPOSITORY.replace('/', '--')}", "0" * 40
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(**without_prior(None, own_only=True), **checker).save_pretrained(
-        folder / "snapshots" / commit
-    )
+    components = {name: part for name, part in without_prior(None).items() if part is not None}
+    StableDiffusionPipeline(**components, **checker).save_pretrained(folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
 
