@@ -32,7 +32,7 @@ class DataConfig:
     canonical one. Class labels become their names. The first stands in for one over several columns that hold the same
     words."""
     label_names: list[str] = field(default_factory=list)
-    """Names of integer labels in a column called `label`, where the data set does not hold them itself."""
+    """Names of labels that are whole numbers, where the data set does not hold them itself."""
     horizontal_flip: bool = False
     """Mirror half of the images. Leave off where captions name sides."""
     max_images: int | None = None

@@ -30,6 +30,7 @@ def add_command(commands, bundled: Path) -> None:
     add("--reference-images", metavar="N", type=int, default=10_000, help="at most, to compare with; default: 10000")
     add("--caption-column", metavar="NAME", help="default: a column of texts, if there is one")
     add("--caption-template", metavar="TEXT", help="over columns; default: 'a photo of a {label}' over class labels")
+    add("--label-names", metavar="NAME,NAME,…", type=_names, help="of whole-number labels 0, 1, … without names")
     add("--features", metavar="NETWORK", help="of distances: inception, open_clip:MODEL/TAG, a folder, own")
     add("--clip", metavar="FOLDER", help="that reads captions; default: the model's own")
     add("--classifier", metavar="FOLDER", help="in transformers' layout, that reads what each picture shows")
@@ -96,8 +97,17 @@ def _check(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, option)
         for value in given if isinstance(given, list) else [] if given is None else [given]:
             check(f"--{option.replace('_', '-')}", value)
+    if arguments.caption_column is not None and arguments.label_names is not None:
+        raise UserError("--caption-column and --label-names exclude each other; leave one out")
     if arguments.caption_column is not None and arguments.caption_template is not None:
         raise UserError("--caption-column and --caption-template exclude each other; leave one out")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of names with commas between, such as cat,dog,bird")
+    return names
 
 
 def _list_of(kind: type):

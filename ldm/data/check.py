@@ -54,7 +54,7 @@ def findings(source: str, split: str) -> Iterator[str]:
 
 def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
     """`config` with the image column, and the caption column that its name or its texts' length speaks for; without
-    any text, a template over a class label."""
+    any text, a template over a class label, or over a column of whole numbers that `label_names` names."""
     image = image_column_of(config, table)
     texts = [name for name, feature in table.features.items() if _kind(feature) == "string" and name != image]
     named = [name for name in CAPTION_NAMES if name in texts]
@@ -63,6 +63,9 @@ def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
         longest = max(texts, key=lambda name: sum(len(str(text)) for text in first[name]))
         return dataclasses.replace(config, image_column=image, caption_column=named[0] if named else longest)
     labels = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if config.label_names:
+        numbers = [name for name, feature in table.features.items() if _kind(feature).startswith(("int", "uint"))]
+        labels += sorted(numbers, key=lambda name: "label" not in name)
     templates = [f"a photo of a {{{labels[0]}}}"] if labels else []
     return dataclasses.replace(config, image_column=image, caption_templates=templates)
 

@@ -83,7 +83,8 @@ def captioned(config: DataConfig, column: str | None, template: str | None) -> D
             )
         raise UserError(
             f"--data {config.source} holds no captions that speak for themselves; it has {', '.join(columns)}: name "
-            "one with --caption-column, or write them with --caption-template 'a photo of a {label}'"
+            "one with --caption-column, write them with --caption-template 'a photo of a {label}', or name labels with "
+            "--label-names"
         )
     return found
 

@@ -31,7 +31,8 @@ class Judged:
     @property
     def made_of(self) -> str:
         """What captions are made of."""
-        return self.config.caption_column or " ".join(self.config.caption_templates) or "the data's own"
+        names = f" ({', '.join(self.config.label_names)})" if self.config.label_names else ""
+        return self.config.caption_column or " ".join(self.config.caption_templates) + names or "the data's own"
 
     @property
     def against(self) -> str:
@@ -52,11 +53,13 @@ def open_judged(
     seed: int,
     caption_column: str | None,
     caption_template: str | None,
+    label_names: Sequence[str] = (),
 ) -> Judged:
     """Opens `source`. Which samples are taken is a function of `seed`, and of a larger `num_images` the first are the
     same.
 
     against: the split that pictures are compared with; None: `train` where there is one, or else the captions' own.
+    label_names: of labels that are whole numbers.
 
     Raises:
         UserError: no such source or split, or no captions there.
@@ -66,7 +69,8 @@ def open_judged(
     compared = against or ("train" if "train" in there else chosen)
     if compared not in there:
         raise UserError(f"--against '{compared}': {source} has {', '.join(there)}")
-    config = captioned(replace(there[chosen], image_size=image_size), caption_column, caption_template)
+    config = replace(there[chosen], image_size=image_size, label_names=list(label_names))
+    config = captioned(config, caption_column, caption_template)
     images = open_images(config, seed)
     reference = images
     if compared != chosen:

@@ -56,6 +56,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     data = open_judged(
         arguments.data, arguments.split, arguments.against, painter.side, arguments.num_images,
         arguments.reference_images, arguments.seed, arguments.caption_column, arguments.caption_template,
+        arguments.label_names or (),
     )  # fmt: skip
     painter.check_captions(data.captions)
     _check_enough(arguments, data)

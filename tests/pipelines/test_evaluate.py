@@ -274,6 +274,8 @@ MISTAKES = [
     (["--model", "a", "--compare", "a", "b"], "--model and --compare exclude each other"),
     (["--compare", "a", "b"], "--data is missing (--compare was not given two folders that hold a report.json)"),
     (["--data", "shapes", "--output", "new", "--caption-column", "a", "--caption-template", "b"], "exclude each"),
+    (["--data", "shapes", "--output", "new", "--caption-column", "a", "--label-names", "b,c"], "exclude each other"),
+    (["--data", "shapes", "--output", "new", "--label-names", "b,,c"], "'b,,c' is no list of names"),
     (["--data", "shapes", "--output", "new", "--feature", "x"], "did you mean '--features'?"),
 ]
 """Arguments, and what is said of them."""

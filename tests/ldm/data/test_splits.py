@@ -82,6 +82,15 @@ def test_captions_that_are_named_are_taken(tmp_path):
     assert captioned(config, None, "a {kind}").caption_templates == ["a {kind}"]
 
 
+def test_whole_numbers_are_labels_where_they_are_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", width=[8, 8], fine_label=[1, 0])
+    config = DataConfig(source=str(tmp_path / "a.parquet"), label_names=["cat", "owl"])
+    config = captioned(config, None, None)
+    assert config.caption_templates == ["a photo of a {fine_label}"]
+    data = open_images(config, seed=0)
+    assert [data.captions(index) for index in range(2)] == [["a photo of an owl"], ["a photo of a cat"]]
+
+
 @pytest.mark.parametrize("source", ["nowhere/at/all", "/nowhere"])
 def test_no_such_source(source):
     with pytest.raises(UserError, match="no such folder or parquet file, nor the name of a Hub repository"):
