@@ -4,6 +4,7 @@ What is wrong with a folder is told before the libraries are there: `check_compo
 `check_finite` numpy, and only `check_shapes` torch.
 """
 
+import hashlib
 import logging
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from ldm.components import configs, fit, shapes, weights
 from ldm.components.configs import CLASSES, read_json
 from ldm.errors import RunError, UserError
-from ldm.files import write_text
+from ldm.files import sha256, write_text
 from ldm.patience import bounded
 
 INDEX = "model_index.json"
@@ -101,6 +102,14 @@ def _file_of_adapters(folder: Path, weight_name: str | None) -> Path:
 def commit_of(folder: Path) -> str | None:
     """The commit that a folder of the Hub's cache is of; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+def sha256_of_model(folder: Path) -> str:
+    """The sha256, its first 16 digits, of all files of a model that say what it draws: not of its card or reports."""
+    there = [folder / INDEX, *folder.glob("*/**/*")]
+    files = sorted(path for path in there if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def fetch(name: str, files: list[str]) -> Path:

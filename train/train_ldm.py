@@ -76,6 +76,7 @@ def main() -> None:
         config = lora.with_process_of_base(config)
     accelerator, share, resumed = run.start(config, arguments.resume, can_shard=config.lora is None)
     training = config.training
+    base = {} if config.lora is None else lora.state_of_base(config, resumed)
 
     # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
     torch.manual_seed(config.seed)
@@ -182,7 +183,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | share.state() | data_state(accelerator, task.data, batch)
+            state = guard.state() | share.state() | data_state(accelerator, task.data, batch) | base
             tensors = {
                 "model": optim.weights(unet),
                 "ema": optim.ema_tensors(ema, unet),

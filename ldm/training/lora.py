@@ -24,8 +24,10 @@ from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, timesteps
 from ldm.errors import UserError, nearest
 from ldm.training import randomness
+from ldm.training.checkpoint import Saved
 from ldm.training.task import Task
 
+BASE = "base_sha256"
 PROCESS = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """Of a scheduler's configuration, what Diffusers takes where it does not say."""
 
@@ -47,6 +49,22 @@ def with_process_of_base(config: LdmConfig) -> LdmConfig:
         if given not in (default, stored[name]):
             raise UserError(f"{name} {given}: the model in init {config.init} has {stored[name]}; leave it out")
     return dataclasses.replace(config, **{name: stored[name] for name in ("prediction_type", "num_train_timesteps")})
+
+
+def state_of_base(config: LdmConfig, resumed: Saved | None) -> dict[str, str]:
+    """What a checkpoint keeps of the model in `init`, to whose weights alone the adapters belong.
+
+    Raises:
+        UserError: `resumed` was begun on another.
+    """
+    now = hub.sha256_of_model(hub.resolve(config.init))
+    begun = now if resumed is None else resumed.state.get(BASE, now)
+    if now != begun:
+        raise UserError(
+            f"--resume: the model in init {config.init} has changed since the run began (sha256 {begun}, now {now}); "
+            "put it back, or begin a new run"
+        )
+    return {BASE: now}
 
 
 class AdaptedUNet(nn.Module):

@@ -23,7 +23,7 @@ from pipelines.evaluation.images import NEIGHBOURS, shapes_figures
 from pipelines.evaluation.judgement import Images, Judgement, images_of, judge
 from pipelines.evaluation.model import PixelSpace, TextToImage, check_settings, open_painter
 from pipelines.evaluation.networks import Judges, apply, open_judges
-from pipelines.evaluation.settings import claim, sha256_of_model
+from pipelines.evaluation.settings import claim
 from pipelines.evaluation.stored import Pictures
 
 DRAWN, PAGE = "drawn", "report.md"
@@ -124,7 +124,7 @@ def _settings(
     return {
         "model": name,
         "commit": hub.commit_of(folder),
-        "model_sha256": sha256_of_model(folder),
+        "model_sha256": hub.sha256_of_model(folder),
         "data": arguments.data,
         "split": data.split,
         "images_in_split": len(data.images),

@@ -1,24 +1,14 @@
 """What the figures of an evaluation are a function of, and the folder that belongs to it. Imports nothing heavy."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.files import sha256, write_text
+from ldm.files import write_text
 
 SETTINGS = "settings.json"
-COUNTED = (".json", ".txt", ".safetensors")
-"""Files of a model that say what it draws."""
-
-
-def sha256_of_model(folder: Path) -> str:
-    """The sha256, its first 16 digits, of all files of a model that say what it draws."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in COUNTED)
-    lines = [f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def check_output(output: Path) -> None:

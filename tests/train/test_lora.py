@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableUnCLIPPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm import hub
 from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionPipeline
@@ -174,6 +174,17 @@ def test_resumed_run_equals_the_uninterrupted_one(base, run, run_script, logged,
     assert run_script("ldm", arguments(base, again, *further)) == 0
     assert_same(run, again)
     assert logged(again) == logged(run)
+
+
+def test_adapters_go_on_with_the_base_they_were_begun_on_alone(base, run, fails, tmp_path):
+    other, again = shutil.copytree(base, tmp_path / "base"), shutil.copytree(run, tmp_path / "run")
+    (other / "report.json").write_text("{}")
+    assert hub.sha256_of_model(other) == hub.sha256_of_model(base)
+    weights = load_file(path := other / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"] += 1
+    save_file(weights, path)
+    further = ["lora.text_encoder=true", "lora.dropout=0.1", "resume.allow=[init]", "--resume"]
+    assert "has changed since the run began" in fails("ldm", arguments(other, again, *further))
 
 
 def test_a_model_without_a_prior_and_its_own_process(base_without_prior, run_script, tmp_path):
