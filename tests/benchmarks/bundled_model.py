@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bundled_model.py [--model FOLDER] [--images-per-class 50] [--data FOLDER] [--output FOLDER]
 
-Draws "a photo of a <class>" for the ten classes of CIFAR-10 and has them read by a classifier that no part of the model
-was trained against. Accuracy alone is fooled by textures, so it stands beside the Fréchet distance between the
-classifier's features of these pictures and of the training photographs, and the floor of that distance: the same for
-as many real test photographs. Both are biased alike, since few samples are compared with many.
+Draws "a photo of a <class>" for the ten classes of CIFAR-10 and has them read by two classifiers that no part of the
+model was trained against: cifar10_classifier.py, with which its settings were chosen, and resnet_judge.py, with which
+nothing was. Accuracy alone is fooled by textures, so it stands beside the Fréchet distance between the first one's
+features of these pictures and of the training photographs, and the floor of that distance: the same for as many real
+test photographs. Both are biased alike, since few samples are compared with many.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from ldm.errors import UserError, exit_code_of
 from ldm.evaluation.distances import frechet_distance, nearest
+from ldm.evaluation.features import open_classifier
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
-from tests.benchmarks import cifar10_classifier
+from tests.benchmarks import cifar10_classifier, resnet_judge
 from tests.benchmarks.cifar10_classifier import CLASSES
 
 FLOOR_SUBSETS = 10
@@ -66,15 +68,14 @@ def features_of(classifier: torch.nn.Module, images: Tensor, name: str) -> tuple
 def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
     """Reads pictures (N, 3, 32, 32) in [-1, 1] that should show `labels` (N,), each class in 0..9 at least once.
 
-    Returns `accuracy` and `class_accuracy` in 0..1, `confusion` (10 × 10 counts, a row for each class asked for),
+    Returns what `reading` does by the first judge and, under `second_judge`, by the second; and by the first alone
     `frechet_distance` to the training photographs, `frechet_floor` and `frechet_floor_std` over random subsets of the
     test photographs with the same labels, `frechet_ratio`, the distance in units of the floor, and `nearest_ratio`: the
     median distance of a picture to its nearest training photograph, in units of that of a test photograph.
     """
     logits, features = features_of(cifar10_classifier.load(), images, "pictures")
-    confusion = torch.zeros(10, 10, dtype=torch.long)
-    confusion.index_put_((labels, logits.argmax(1)), torch.tensor(1), accumulate=True)
-    asked = confusion.sum(1)
+    second = open_classifier(resnet_judge.FOLDER)
+    asked = labels.bincount(minlength=10)
     floors = torch.tensor(
         [
             frechet_distance(photographs.test_features[subset], photographs.train_features)
@@ -87,14 +88,26 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
     )
     return {
         "images": len(images),
-        "accuracy": confusion.diagonal().sum().item() / len(images),
-        "class_accuracy": dict(zip(CLASSES, (confusion.diagonal() / asked).tolist(), strict=True)),
-        "confusion": confusion.tolist(),
+        **reading(logits, labels),
+        "second_judge": reading(second((images + 1) / 2), labels),
         "frechet_distance": distance,
         "frechet_floor": floors.mean().item(),
         "frechet_floor_std": floors.std().item(),
         "frechet_ratio": distance / floors.mean().item(),
         "nearest_ratio": drawn / real,
+    }
+
+
+def reading(logits: Tensor, labels: Tensor) -> dict:
+    """From logits (N, 10) of pictures that should show `labels` (N,): `accuracy` and `class_accuracy` in 0..1, and
+    `confusion`, 10 × 10 counts, a row for each class asked for."""
+    confusion = torch.zeros(10, 10, dtype=torch.long)
+    confusion.index_put_((labels, logits.argmax(1)), torch.tensor(1), accumulate=True)
+    right = confusion.diagonal()
+    return {
+        "accuracy": right.sum().item() / len(labels),
+        "class_accuracy": dict(zip(CLASSES, (right / confusion.sum(1)).tolist(), strict=True)),
+        "confusion": confusion.tolist(),
     }
 
 
@@ -129,15 +142,20 @@ def draw(
 
 def table(report: dict) -> str:
     """The report as lines of text."""
-    lines = [f"{'class':<12}{'read right':>10}   mostly misread as"]
+    judges = (report, report["second_judge"])
+    lines = [f"{'class':<12}" + f"{'read right, mostly misread as':<32}" * len(judges)]
     for c, name in enumerate(CLASSES):
-        wrong = [0 if other == c else count for other, count in enumerate(report["confusion"][c])]
-        worst = f"{CLASSES[wrong.index(max(wrong))]} ({max(wrong)})" if max(wrong) else ""
-        lines.append(f"{name:<12}{report['class_accuracy'][name]:>10.1%}   {worst}".rstrip())
+        cells = []
+        for read in judges:
+            wrong = [0 if other == c else count for other, count in enumerate(read["confusion"][c])]
+            worst = f"{CLASSES[wrong.index(max(wrong))]} ({max(wrong)})" if max(wrong) else ""
+            cells.append(f"{read['class_accuracy'][name]:>7.1%}  {worst:<23}")
+        lines.append(f"{name:<12}{''.join(cells)}".rstrip())
+    overall = "".join(f"{read['accuracy']:>7.1%}{'':<25}" for read in judges).rstrip()
     return "\n".join(
         [
             *lines,
-            f"{'all':<12}{report['accuracy']:>10.1%}   of {report['images']} pictures",
+            f"{'all':<12}{overall}   of {report['images']} pictures",
             f"Fréchet distance to the training photographs  {report['frechet_distance']:8.3f}",
             f"  of as many test photographs (the floor)      {report['frechet_floor']:8.3f}",
             f"  in units of the floor                        {report['frechet_ratio']:8.2f}",
@@ -187,9 +205,8 @@ def main() -> None:
     report = judge(images, labels, read_photographs(arguments.data))
     report = {"model": arguments.model or "bundled", "settings": pipeline.default_settings | settings, **report}
     print(f"picture k of class c has seed key({arguments.seed}, 'benchmark', c, k): {seeds[0]} … {seeds[-1]}")
-    print(
-        f"the judge reads {json.loads(cifar10_classifier.RECORD.read_text())['test_accuracy']:.2%} of real test images"
-    )
+    first, second = json.loads(cifar10_classifier.RECORD.read_text())["test_accuracy"], resnet_judge.stated_accuracy()
+    print(f"the first judge reads {first:.2%} of real test images, the second {second:.2%}")
     print("settings: " + ", ".join(f"{name} {value}" for name, value in report["settings"].items()))
     print(table(report))
     if arguments.output is not None:

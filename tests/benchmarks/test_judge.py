@@ -1,9 +1,14 @@
-"""The judge as `ldm.evaluation` takes it: the same features and readings as the benchmarks have."""
+"""The judges as `ldm.evaluation` takes them: the same features and readings as the benchmarks have."""
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ldm.evaluation.features import open_classifier, open_features
-from tests.benchmarks import cifar10_classifier
+from tests.benchmarks import bundled_model, cifar10_classifier, resnet_judge
 
 
 def test_is_a_feature_network_and_a_reader():
@@ -16,3 +21,101 @@ def test_is_a_feature_network_and_a_reader():
     torch.testing.assert_close(reader(images), logits, rtol=1e-4, atol=1e-4)
     larger = torch.nn.functional.interpolate(images, 64)
     assert network(larger).shape == (3, 256)
+
+
+# ---- the second one --------------------------------------------------------------------------------------------------
+
+
+def test_the_second_reads_pictures_as_transformers_alone_does():
+    noise = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = (torch.nn.functional.interpolate(noise, 32, mode="bilinear") * 255).round().byte()
+    processor = AutoImageProcessor.from_pretrained(resnet_judge.FOLDER)
+    model = AutoModelForImageClassification.from_pretrained(resnet_judge.FOLDER, dtype=torch.float32)
+    pictures = [Image.fromarray(np.asarray(picture.permute(1, 2, 0))) for picture in pixels]
+    with torch.no_grad():
+        expected = model(**processor(pictures, return_tensors="pt")).logits
+    reader = open_classifier(resnet_judge.FOLDER)
+    assert reader.names == cifar10_classifier.CLASSES
+    # The processor rounds what it resized to whole grey levels.
+    torch.testing.assert_close(reader(pixels.float() / 255), expected, rtol=0.02, atol=0.05)
+
+
+def test_the_second_is_small_and_another_network_than_the_first():
+    model = AutoModelForImageClassification.from_pretrained(resnet_judge.FOLDER)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
+    assert (resnet_judge.FOLDER / "model.safetensors").stat().st_size <= 4 * 2**20
+    assert resnet_judge.stated_accuracy() >= 0.85
+
+
+@pytest.fixture
+def squares() -> tuple[Tensor, Tensor]:
+    """24 images (uint8) and their labels: a bright square of the label's size on noise."""
+    labels = torch.arange(24) % 10
+    pixels = torch.randint(90, (24, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image, label in zip(pixels, labels, strict=True):
+        image[:, 8 : 10 + label, 8 : 10 + label] = 250
+    return pixels, labels
+
+
+def test_an_augmented_image_is_a_function_of_seed_epoch_and_sample(squares):
+    pixels, _ = squares
+    every = resnet_judge.augmented(pixels, 0, 0, torch.arange(24))
+    index = torch.tensor([7, 2, 19])
+    assert torch.equal(resnet_judge.augmented(pixels, 0, 0, index), every[index])
+    for seed, epoch in ((0, 1), (1, 0)):
+        assert not torch.equal(resnet_judge.augmented(pixels, seed, epoch, index), every[index])
+    hidden = torch.isclose(every, resnet_judge._column(resnet_judge.MEAN)).all(1)
+    assert hidden.sum((1, 2)).min() >= 16 and hidden.sum((1, 2)).max() == 64  # a corner of it, or all
+    columns = [image.mean((0, 1)).argmax() for image in every]
+    assert len({int(column) for column in columns}) > 5  # moved and mirrored
+
+
+def test_the_second_is_trained_and_written_and_resumes_bit_for_bit(squares, tmp_path, monkeypatch):
+    for name, value in {"BATCH_SIZE": 8, "CHECKPOINT_EVERY": 2}.items():
+        monkeypatch.setattr(resnet_judge, name, value)
+    settings = {"epochs": 2, "seed": 3, "peak_lr": 0.1}
+    whole, _ = resnet_judge.train(*squares, **settings, run=tmp_path / "whole", resume=False)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "step-000004").rename(tmp_path / "cut" / "step-000004")
+    resumed, _ = resnet_judge.train(*squares, **settings, run=tmp_path / "cut", resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+    resnet_judge.write(whole, tmp_path / "judge")
+    reader = open_classifier(tmp_path / "judge")
+    images = squares[0].float() / 255
+    with torch.no_grad():
+        expected = whole.float()(pixel_values=resnet_judge.normalised(images)).logits
+    torch.testing.assert_close(reader(images), expected, rtol=1e-3, atol=1e-3)
+    accuracy = resnet_judge.class_accuracy(reader, *squares)
+    assert accuracy["all"] == (expected.argmax(1) == squares[1]).double().mean().item()
+    card = resnet_judge.card(accuracy, **settings, steps=6, minutes=0.1)
+    assert card.data.eval_results[0].metric_value == round(accuracy["all"], 4)
+
+
+def test_the_learning_rate_makes_one_cycle():
+    factors = [resnet_judge.learning_rate_factor(done) for done in (0, resnet_judge.WARM_UP, 1)]
+    assert factors == pytest.approx([0.1, 1, 0])
+
+
+def test_mistakes_of_its_training_are_told_before_data_are_read(tmp_path, monkeypatch):
+    for options, said in ((["--epochs", "0"], "--epochs 0"), (["--resume"], "no checkpoint there")):
+        monkeypatch.setattr("sys.argv", ["resnet_judge.py", "--run", str(tmp_path), "--data", "nowhere", *options])
+        with pytest.raises(resnet_judge.UserError, match=said):
+            resnet_judge.main()
+
+
+# ---- what both are asked for -----------------------------------------------------------------------------------------
+
+
+def test_readings_of_both_judges_stand_side_by_side():
+    labels = torch.arange(10).repeat_interleave(2)
+    logits = torch.nn.functional.one_hot(labels, 10).float()
+    logits[6] = torch.nn.functional.one_hot(torch.tensor(5), 10)  # a cat read as a dog
+    wrong, right = (bundled_model.reading(some, labels) for some in (logits, torch.nn.functional.one_hot(labels)))
+    assert wrong["accuracy"] == 0.95 and wrong["class_accuracy"]["cat"] == 0.5 and wrong["confusion"][3][5] == 1
+    distances = dict.fromkeys(("distance", "floor", "ratio"), 1.0)
+    report = {"images": 20, **wrong, "second_judge": right, "nearest_ratio": 1.0}
+    text = bundled_model.table(report | {f"frechet_{name}": value for name, value in distances.items()})
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    assert lines["cat"] == ["50.0%", "dog", "(1)", "100.0%"] and lines["all"][:2] == ["95.0%", "100.0%"]
