@@ -143,7 +143,7 @@ def draw(
 def table(report: dict) -> str:
     """The report as lines of text."""
     judges = (report, report["second_judge"])
-    lines = [f"{'class':<12}" + f"{'read right, mostly misread as':<32}" * len(judges)]
+    lines = [f"{'class':<12}{'cifar10_classifier, misread as':<32}resnet_judge, misread as"]
     for c, name in enumerate(CLASSES):
         cells = []
         for read in judges:
