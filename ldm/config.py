@@ -90,7 +90,8 @@ class TrainingConfig:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
     optimizer: str = "adamw"
-    """`adamw`, or `adamw_8bit`, bitsandbytes' with 8-bit moments."""
+    """`adamw`; `adamw_8bit`, bitsandbytes' with 8-bit moments; or `muon` for the matrices of linear layers in the
+    network's blocks, AdamW for all else, both at the same learning rate."""
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware multiplies it fast, else fp32."""
     compile: bool = False
@@ -125,7 +126,7 @@ class TrainingConfig:
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         require(0 < self.activation_memory <= 1, "training.activation_memory", self.activation_memory, "in (0, 1]")
         require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
-        choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
+        choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
 
@@ -290,6 +291,7 @@ class LdmConfig(RunConfig):
     §3.3)."""
     caption_dropout: float = 0.1
     image_embedding_dropout: float = 0.1
+    """1: captions alone guide the U-Net."""
     joint_dropout: float = 0.05
     """The part of both in which caption and image embedding are dropped together."""
     max_noise_level: int = 0
@@ -370,7 +372,7 @@ class LdmConfig(RunConfig):
                 ("zero_terminal_snr", "false", "which keeps the noise schedule of the model in init"),
             )),
             (0 <= self.caption_dropout < 1, "caption_dropout", "in [0, 1)"),
-            (0 <= self.image_embedding_dropout < 1, "image_embedding_dropout", "in [0, 1)"),
+            (0 <= self.image_embedding_dropout <= 1, "image_embedding_dropout", "in [0, 1]"),
             (0 <= self.joint_dropout <= least_dropout, "joint_dropout",
              "at most caption_dropout and image_embedding_dropout"),
             (0 <= self.max_noise_level < self.num_train_timesteps, "max_noise_level",

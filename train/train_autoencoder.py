@@ -85,8 +85,8 @@ def main() -> None:
         share = memory.fitting_share(
             accelerator, share, model, partial(try_step, config, accelerator, model, perceptual, noise_shape), resumed
         )
-    optimizer = optim.adamw(model, training)
-    discriminator_optimizer = optim.adamw(discriminator, training)
+    optimizer = optim.build(model, training)
+    discriminator_optimizer = optim.build(discriminator, training)
 
     model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         model, discriminator, optimizer, discriminator_optimizer

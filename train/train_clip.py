@@ -73,7 +73,7 @@ def main() -> None:
     embedding_dim = clip.text_projection.shape[1]
     run.ready(clip, training, accelerator)
     model = Slip(clip, embedding_dim)
-    optimizer = optim.adamw(model, training)
+    optimizer = optim.build(model, training)
     contrastive_loss = ClipLoss(
         local_loss=True, gather_with_grad=True, rank=share.rank, world_size=accelerator.num_processes
     )

@@ -90,7 +90,7 @@ def main() -> None:
     run.ready(unet, training, accelerator)
     if training.find_micro_batch:
         share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), resumed)
-    optimizer = optim.adamw(unet, training)
+    optimizer = optim.build(unet, training)
     alpha_bar = task.alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
 

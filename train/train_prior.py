@@ -76,7 +76,7 @@ def main() -> None:
     )
     alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
     run.ready(prior, training, accelerator)
-    optimizer = optim.adamw(prior, training)
+    optimizer = optim.build(prior, training)
 
     model, optimizer = accelerator.prepare(prior, optimizer)
     ema = optim.moving_average(prior, training.ema_decay)

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm.config import TrainingConfig
 from ldm.errors import UserError
-from ldm.training import sharded
+from ldm.training import muon, sharded
 from ldm.training.checkpoint import Saved
 
 
@@ -32,23 +32,32 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in left_out}
 
 
-def adamw(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and kernels only: gains, biases and single vectors are not pulled to 0.
 
-    With training.optimizer=adamw_8bit bitsandbytes' (Dettmers et al. 2022), whose moments of large tensors take 8 bits.
+    With training.optimizer=adamw_8bit bitsandbytes' (Dettmers et al. 2022), whose moments of large tensors take 8 bits;
+    with muon, `muon.Muon` for the matrices in the network's blocks.
 
     Raises:
-        UserError: bitsandbytes is wanted and not installed.
+        UserError: bitsandbytes is wanted and not installed; or Muon is, and the network has nothing for it.
     """
-    parameters = list(trained(model).values())
+    parameters = trained(model)
+    matrices = muon.matrices(model) if config.optimizer == "muon" else {}
+    others = [parameter for name, parameter in parameters.items() if name not in matrices]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     settings = {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": 1e-8}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, fused=True)
+    if config.optimizer == "muon":
+        if not matrices:
+            raise UserError(
+                f"training.optimizer muon: {type(model).__name__} has no linear layers in its blocks; take adamw"
+            )
+        group = {"params": list(matrices.values()), "lr": config.learning_rate, "weight_decay": config.weight_decay}
+        return muon.Muon(group, torch.optim.AdamW(groups, **settings, fused=True))
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -75,7 +75,7 @@ def join_processes(training: TrainingConfig, can_shard: bool) -> Accelerator:
         UserError: there are not as many processes as there should be, or they divide weights that cannot be divided.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    sharded.check(can_shard, on_cpu)
+    sharded.check(training, can_shard, on_cpu)
     # The run's own waiting (over gloo) ends first, with words, where NCCL's watchdog ends the process without.
     timeout = timedelta(seconds=training.timeout_seconds + (0 if on_cpu else 60))
     processes = PartialState(cpu=on_cpu, timeout=timeout)

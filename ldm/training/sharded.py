@@ -20,21 +20,24 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ldm.config import TrainingConfig
 from ldm.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
 Like = Callable[[str], torch.Tensor | None]
 
 
-def check(can_shard: bool, on_cpu: bool) -> None:
+def check(training: TrainingConfig, can_shard: bool, on_cpu: bool) -> None:
     """Raises UserError where the launcher asked for FSDP or DeepSpeed and the script, whose weights they are, does not
-    know them (`can_shard`), or they cannot be had."""
+    know them (`can_shard`), nor does its optimiser, or they cannot be had."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if (_wants_fsdp() or _wants_deepspeed()) and several and not can_shard:
         raise UserError(
             "FSDP and DeepSpeed are for the U-Net of train_ldm.py; its adapters (lora) and the networks of the other "
             "stages fit on every GPU: launch them with configs/accelerate/eight_gpus.yaml"
         )
+    if (_wants_fsdp() or _wants_deepspeed()) and training.optimizer == "muon":
+        raise UserError("training.optimizer muon: needs whole matrices, which FSDP and DeepSpeed divide; take adamw")
     if _wants_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version 1: only FSDP2 is known here; launch with configs/accelerate/fsdp2.yaml")
     if _wants_deepspeed() and on_cpu:

@@ -74,6 +74,13 @@ def test_average_of_a_run_that_kept_none(train, runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_muon(train, runs):
+    run = train("muon", "training.optimizer=muon")
+    assert_same(run, resumed(train, run, "training.optimizer=muon"))
+    state = load_file(run / CHECKPOINT / "optimizer.safetensors")
+    assert {name.split(".")[1] for name in state} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
+
+
 def test_zero_terminal_snr_trains_what_its_scheduler_samples(train):
     run = train("zero", "zero_terminal_snr=true", "min_snr_gamma=5")
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +128,7 @@ def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train)
         ("average_lengths=[0.5]", "average_lengths must be each in (0, 0.28]"),
         ("validation_split=test", "validation_split must be null unless autoencoder is none"),
         ("validation_cache=absent", "cache absent: no such folder"),
-        ("training.optimizer=adam", "training.optimizer must be one of adamw, adamw_8bit"),
+        ("training.optimizer=adam", "training.optimizer must be one of adamw, adamw_8bit, muon"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(runs, arguments_of, fails, tmp_path, option, words):

@@ -29,7 +29,7 @@ class Run:
     def __init__(self, accelerator, folder, resumed=None):
         torch.manual_seed(0)
         self.layer, self.accelerator = torch.nn.Linear(3, 1), accelerator
-        optimizer = optim.adamw(self.layer, TrainingConfig(learning_rate=0.1))
+        optimizer = optim.build(self.layer, TrainingConfig(learning_rate=0.1))
         self.model, self.optimizer = accelerator.prepare(self.layer, optimizer)
         self.ema = EMAModel(self.layer.parameters())
         self.guard = failure.Guard(accelerator, self.optimizer, folder, resumed)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from ldm.config import TrainingConfig
@@ -33,15 +34,16 @@ def step_once(model, optimizer, ema, step):
     optim.update_average(ema, model)
 
 
-def new():
+def new(optimizer="adamw"):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
-    config = TrainingConfig(learning_rate=0.01, weight_decay=0.1)
-    return model, optim.adamw(model, config), optim.moving_average(model, 0.9)
+    config = TrainingConfig(learning_rate=0.01, weight_decay=0.1, optimizer=optimizer)
+    return model, optim.build(model, config), optim.moving_average(model, 0.9)
 
 
-def test_restored_state_goes_on_bit_for_bit():
-    model, optimizer, ema = new()
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_restored_state_goes_on_bit_for_bit(name):
+    model, optimizer, ema = new(name)
     for step in range(5):
         step_once(model, optimizer, ema, step)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -50,7 +52,7 @@ def test_restored_state_goes_on_bit_for_bit():
     for step in range(5, 9):
         step_once(model, optimizer, ema, step)
 
-    other, other_optimizer, other_ema = new()
+    other, other_optimizer, other_ema = new(name)
     other.load_state_dict(weights)
     optim.load_optimizer(other_optimizer, kept)
     optim.load_ema(other_ema, other, averages, 5)
@@ -120,4 +122,40 @@ def test_nested_state_goes_through_tensors():
 def test_8_bits_need_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        optim.adamw(torch.nn.Linear(1, 1), TrainingConfig(optimizer="adamw_8bit"))
+        optim.build(torch.nn.Linear(1, 1), TrainingConfig(optimizer="adamw_8bit"))
+
+
+def test_muon_is_for_matrices_in_blocks_and_adamw_for_the_rest():
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    config = TrainingConfig(learning_rate=0.01, weight_decay=0.0, optimizer="muon")
+    optimizer = optim.build(unet, config)
+    first, *others = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
+    assert "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight" in first
+    assert first.isdisjoint({"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"})
+    assert first.union(*others) == set(names.values()) and len(first) + sum(map(len, others)) == len(names)
+
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    rate = optim.set_learning_rate(optimizer, 0, TrainingConfig(learning_rate=0.01))
+    optimizer.step()
+    for name, parameter in unet.named_parameters():
+        change = (parameter.detach() - before[name]).float()
+        if name in first:  # near to orthogonal, of AdamW's usual size
+            values = torch.linalg.svdvals(change) / (rate * 0.2 * max(change.shape) ** 0.5)
+            assert values.mean() > 0.7 and values.max() < 1.4, name
+        else:
+            torch.testing.assert_close(change.abs(), torch.full_like(change, rate), rtol=1e-2, atol=1e-5)
+
+
+def test_muon_needs_matrices():
+    with pytest.raises(UserError, match="Conv2d has no linear layers in its blocks; take adamw"):
+        optim.build(torch.nn.Conv2d(1, 1, 1), TrainingConfig(optimizer="muon"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ldm.config import TrainingConfig
 from ldm.errors import UserError
 from ldm.training import sharded
 
@@ -24,7 +25,15 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, environment, can_shard, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        sharded.check(can_shard, on_cpu)
+        sharded.check(TrainingConfig(), can_shard, on_cpu)
+
+
+@pytest.mark.parametrize("launched_with", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_muon_needs_whole_matrices(monkeypatch, launched_with):
+    sharded.check(TrainingConfig(optimizer="muon"), True, False)
+    monkeypatch.setenv(launched_with, "true")
+    with pytest.raises(UserError, match="optimizer muon: needs whole matrices"):
+        sharded.check(TrainingConfig(optimizer="muon"), True, False)
 
 
 def test_deepspeed_is_told_no_precision(monkeypatch):
