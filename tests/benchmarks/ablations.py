@@ -5,7 +5,7 @@
 
 A row is trained by the scripts of `train/` from configs/cifar10, as processes, or draws otherwise with a row's U-Net.
 All draw the same captions from the same image embeddings (the prior's) and, where latents have one shape, the same
-noise, with the settings saved in the bundled model; `bundled_model.judge` reads the pictures. `key=value` goes to
+noise, by UniPC with the settings in DRAWING; `bundled_model.judge` reads the pictures. `key=value` goes to
 every training, such as model.block_out_channels=[64,128,192] on a GPU. Run again, it goes on: what is trained is not
 trained again, what is measured is not measured again. FOLDER gets ablations.json and ablations.png.
 """
@@ -52,6 +52,9 @@ FOURTH = (f"model.down_block_types={DOWN}", f"model.up_block_types={UP}", "model
 """An autoencoder that divides sides by 4, not 2."""
 RECONSTRUCTED = 500  # test photographs
 
+DRAWING = {"num_inference_steps": 10, "guidance_scale": 3.0}
+PRIOR = {"num_inference_steps": 25, "guidance_scale": 2.0, "num_samples": 4}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,7 +71,9 @@ class Row:
     length: float | None = None
     """The average of its weights that it draws with (`ldm average`)."""
     drawing: Mapping[str, Any] = field(default_factory=dict)
-    """What it draws with other than the bundled model's settings."""
+    """What it draws with other than DRAWING says."""
+    spacing: str = "trailing"
+    """Which timesteps the solver takes: `trailing` begins with the very last, `leading` with one before it."""
 
 
 ROWS = (
@@ -82,6 +87,8 @@ ROWS = (
     Row("4x16x16", "latents 4×16×16, short autoencoder", autoencoder=()),
     Row("4x8x8", "latents 4×8×8, short autoencoder", autoencoder=FOURTH),
     Row("8x8x8", "latents 8×8×8, short autoencoder", autoencoder=(*FOURTH, "model.latent_channels=8")),
+    Row("epsilon-leading", "predicts ε, drawn from t = 900", of="epsilon", spacing="leading"),
+    Row("leading", "base, drawn from t = 900", of="base", spacing="leading"),
     *(Row(f"average-{x}", f"average of length {x}", of="base", length=x) for x in (0.02, 0.05, 0.1, 0.2)),
     *(Row(f"guidance-{x}", f"guidance {x}", of="base", drawing={"guidance_scale": float(x)}) for x in (1, 2, 4, 6)),
     Row("interval", "guidance only in 0.3 … 0.95 of the noise", of="base", drawing={"guidance_interval": (0.3, 0.95)}),
@@ -96,10 +103,8 @@ class Ablations:
 
     def __init__(self, arguments: Any):
         self.output, self.given = Path(arguments.output), arguments
-        self.bundled = LatentDiffusionPipeline.default()
-        self.settings = {
-            name: getattr(arguments, name) for name in ("steps", "images", "images_per_class", "overrides")
-        }
+        budget = {name: getattr(arguments, name) for name in ("steps", "images", "images_per_class", "overrides")}
+        self.settings = {**budget, "drawing": DRAWING, "prior": PRIOR}
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +139,7 @@ class Ablations:
         return {"autoencoder": autoencoder, "clip": Path(given.clip), "prior": Path(given.prior), "unet": unet}
 
     def model(self, row: Row) -> LatentDiffusionPipeline:
-        """What a row draws with, with the bundled model's solver."""
+        """What a row draws with."""
         folder = self.output / row.name / "model"
         if not folder.is_dir():
             stages = self.stages(row if row.of is None else row_of(row.of))
@@ -142,9 +147,8 @@ class Ablations:
                 stages["unet"] = self.averaged(stages["unet"], row)
             assemble(**stages, output=folder, dtype="float32")
         pipeline = LatentDiffusionPipeline.from_pretrained(folder)
-        predicts = pipeline.scheduler.config.prediction_type
         pipeline.scheduler = UniPCMultistepScheduler.from_config(
-            self.bundled.scheduler.config, prediction_type=predicts
+            pipeline.scheduler.config, timestep_spacing=row.spacing
         )
         if "image_embedding_dropout=1" in row.overrides:  # it was told no image: zeros, here as there
             pipeline.unet.class_embedding.register_forward_pre_hook(lambda _, told: (torch.zeros_like(told[0]),))
@@ -175,11 +179,9 @@ class Ablations:
         """The prior's samples (10, N, D) for every class, the same for all rows, kept."""
         path = self.output / "embeddings.safetensors"
         if not path.is_file():
-            told = self.bundled.default_settings
-            how = told["prior_num_inference_steps"], told["prior_guidance_scale"], told["num_prior_samples"]
             number = self.given.images_per_class
             drawn = [
-                pipeline.sample_image_embeds([prompt_of(name)] * number, 1, *how, self.generators("prior", c))
+                pipeline.sample_image_embeds([prompt_of(name)] * number, generator=self.generators("prior", c), **PRIOR)
                 for c, name in enumerate(tqdm(CLASSES, desc="the prior's samples", unit=" classes"))
             ]
             save_file({"image_embeds": torch.stack(drawn).cpu()}, path)
@@ -202,7 +204,6 @@ class Ablations:
     def pictures(self, row: Row) -> Tensor:
         """(10 N, 3, 32, 32) in [-1, 1], class by class."""
         pipeline = self.model(row)
-        settings = {**self.bundled.default_settings, **row.drawing}
         drawn = []
         for c, embeds in enumerate(self.image_embeds(pipeline)):
             images = pipeline(
@@ -210,7 +211,7 @@ class Ablations:
                 image_embeds=embeds.to(pipeline.device),
                 generator=self.generators("noise", c),
                 output_type="pt",
-                **settings,
+                **{**DRAWING, **row.drawing},
             ).images
             drawn.append(images.float().cpu() * 2 - 1)
         return torch.cat(drawn)
