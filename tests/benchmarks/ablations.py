@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ldm.errors import RunError, UserError, choose, exit_code_of
 from ldm.evaluation.reconstruction import psnr
-from ldm.training import randomness
+from ldm.training import averages, randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import assemble
@@ -69,7 +69,7 @@ class Row:
     of: str | None = None
     """The row whose U-Net this one draws with."""
     length: float | None = None
-    """The average of its weights that it draws with (`ldm average`)."""
+    """Of the average of its weights that this one draws with (`ldm.training.averages`)."""
     drawing: Mapping[str, Any] = field(default_factory=dict)
     """What it draws with other than DRAWING says."""
     spacing: str = "trailing"
@@ -140,13 +140,14 @@ class Ablations:
 
     def model(self, row: Row) -> LatentDiffusionPipeline:
         """What a row draws with."""
-        folder = self.output / row.name / "model"
+        trained = row if row.of is None else row_of(row.of)
+        folder = self.output / trained.name / "model"
         if not folder.is_dir():
-            stages = self.stages(row if row.of is None else row_of(row.of))
-            if row.length is not None:
-                stages["unet"] = self.averaged(stages["unet"], row)
-            assemble(**stages, output=folder, dtype="float32")
+            assemble(**self.stages(trained), output=folder, dtype="float32")
         pipeline = LatentDiffusionPipeline.from_pretrained(folder)
+        if row.length is not None:
+            _, weights = averages.combined(self.output / trained.name / "unet" / "averages", row.length)
+            pipeline.unet.load_state_dict(weights)
         pipeline.scheduler = UniPCMultistepScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing=row.spacing
         )
@@ -154,15 +155,6 @@ class Ablations:
             pipeline.unet.class_embedding.register_forward_pre_hook(lambda _, told: (torch.zeros_like(told[0]),))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def averaged(self, unet: Path, row: Row) -> Path:
-        folder = self.output / row.name / "unet"
-        if not folder.is_dir():
-            command = [sys.executable, "-m", "pipelines.cli", "average", unet, "--length", str(row.length)]
-            done = subprocess.run([*command, "--output", folder], capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                raise RunError(f"{row.name}: {done.stderr.strip()}")
-        return folder
 
     # ---- drawing and judging -----------------------------------------------------------------------------------------
 
@@ -229,6 +221,7 @@ class Ablations:
         kept = {**asdict(row), "settings": self.settings, **judge(images, labels, self.photographs())}
         if row.autoencoder is not None:
             kept["reconstruction"] = self.reconstructed(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(kept, indent=2) + "\n")
         return kept
 
