@@ -80,6 +80,7 @@ ROWS = (
     Row("base", "base: v, uniform timesteps, AdamW", ("average_lengths=[0.05,0.1]", "snapshot_every=50")),
     Row("base-seed-1", "base, another seed", ("seed=1",)),
     Row("epsilon", "predicts ε", ("prediction_type=epsilon",)),
+    Row("epsilon-leading", "predicts ε, drawn from t = 900", of="epsilon", spacing="leading"),
     Row("min-snr", "min-SNR, γ = 5", ("min_snr_gamma=5",)),
     Row("logit-normal", "logit-normal timesteps", ("timestep_sampling=logit_normal",)),
     Row("no-prior", "without the prior: text alone", ("image_embedding_dropout=1",)),
@@ -87,11 +88,10 @@ ROWS = (
     Row("4x16x16", "latents 4×16×16, short autoencoder", autoencoder=()),
     Row("4x8x8", "latents 4×8×8, short autoencoder", autoencoder=FOURTH),
     Row("8x8x8", "latents 8×8×8, short autoencoder", autoencoder=(*FOURTH, "model.latent_channels=8")),
-    Row("epsilon-leading", "predicts ε, drawn from t = 900", of="epsilon", spacing="leading"),
-    Row("leading", "base, drawn from t = 900", of="base", spacing="leading"),
     *(Row(f"average-{x}", f"average of length {x}", of="base", length=x) for x in (0.02, 0.05, 0.1, 0.2)),
     *(Row(f"guidance-{x}", f"guidance {x}", of="base", drawing={"guidance_scale": float(x)}) for x in (1, 2, 4, 6)),
     Row("interval", "guidance only in 0.3 … 0.95 of the noise", of="base", drawing={"guidance_interval": (0.3, 0.95)}),
+    Row("leading", "base, drawn from t = 900", of="base", spacing="leading"),
     *(Row(f"steps-{x}", f"{x} steps", of="base", drawing={"num_inference_steps": x}) for x in (5, 20)),
 )
 SEEDS = ("base", "base-seed-1")
@@ -260,7 +260,7 @@ def chart(measured: Sequence[dict]) -> Figure:
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(places, [row["label"] for row in measured])
     panels[0].invert_yaxis()
-    told = "grey: between two seeds; blue: trained; orange: the U-Net of the first row, drawing otherwise"
+    told = "grey: between two seeds; blue: trained; orange: a U-Net of a row above, drawing otherwise"
     figure.supxlabel(told, fontsize=8)
     return figure
 
@@ -290,7 +290,7 @@ def main() -> None:
             bar.set_description(name)
             measured.append(ablations.measured(row_of(name)))
     (ablations.output / "ablations.json").write_text(json.dumps(measured, indent=2) + "\n")
-    chart(measured).savefig(ablations.output / "ablations.png", dpi=110)
+    chart(measured).savefig(ablations.output / "ablations.png", dpi=100)
     print(table(measured))
 
 
