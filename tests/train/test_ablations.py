@@ -34,6 +34,8 @@ def photographs(tmp_path):
 
 
 def test_rows_are_trained_and_judged_once(runs, photographs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "cache").symlink_to(runs / "cache")  # a stage that has ended is not run again
     stages = [text for stage in ("autoencoder", "clip", "prior") for text in (f"--{stage}", str(runs / stage))]
     command = ["ablations.py", "--output", str(tmp_path / "table"), *stages, "--data", str(photographs), *SMALL,
                "--steps=2", "--images=16", "--images-per-class=1", "--rows=base,average-0.1,guidance-1"]  # fmt: skip
