@@ -1,9 +1,9 @@
 """What a network that takes many steps need not do at each, on a CPU.
 
-A convolution of torch rearranges its weights whenever it runs, and a large linear layer in float32 goes to a library
-which many processors are slow with: oneDNN multiplies by weights that are laid out for it once. Attention computes the
-keys and values of a text that is the one of the step before. In twenty steps of a small U-Net that is a quarter of the
-time.
+A convolution of torch rearranges its weights whenever it runs, and what it reads and gives unless channels lie last; a
+large linear layer in float32 goes to a library which many processors are slow with: oneDNN multiplies by weights that
+are laid out for it once. Attention computes the keys and values of a text that is the one of the step before. In twenty
+steps of a small U-Net that is a quarter of the time.
 """
 
 import functools
@@ -88,7 +88,7 @@ def _convolve(layer: nn.Conv2d, weights: dict[torch.Size, Tensor], x: Tensor) ->
     if x.dtype != torch.float32 or x.ndim != 4:
         return nn.Conv2d.forward(layer, x)
     options = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    x = x.contiguous(memory_format=torch.channels_last)  # else oneDNN rearranges what goes in and what comes out
+    x = x.contiguous(memory_format=torch.channels_last)
     if x.shape not in weights:
         weights[x.shape] = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *options, x.shape)
     return torch.ops.mkldnn._convolution_pointwise(x, weights[x.shape], layer.bias, *options, "none", [], "")
