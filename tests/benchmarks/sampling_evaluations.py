@@ -63,7 +63,7 @@ ROWS = [
     *(Row("DPM++ 2M", steps) for steps in (20, 15)),
     *(Row(solver, 12) for solver in SOLVERS if solver != "DDIM"),
     *(Row("DPM++ 2M trailing", steps) for steps in (10, 8)),
-    *(Row("UniPC trailing", steps) for steps in (10, 9, 8, 6)),
+    *(Row("UniPC trailing", steps) for steps in (16, 14, 10, 9, 8, 6)),
     *(Row("UniPC trailing", 10, interval) for interval in ((0.15, 1.0), (0.3, 1.0), (0.0, 0.95), (0.3, 0.95))),
 ]
 
