@@ -19,6 +19,8 @@ from ldm.files import sha256, write_text
 from ldm.patience import bounded
 
 INDEX = "model_index.json"
+REPORT = "report.json"
+"""{what was measured: value}, or the report of `ldm evaluate`, for the card."""
 ADAPTERS = "pytorch_lora_weights.safetensors"
 """As Diffusers' `save_lora_weights` calls them."""
 NOT_OPENED = ("safety_checker",)
@@ -105,9 +107,9 @@ def commit_of(folder: Path) -> str | None:
 
 
 def sha256_of_model(folder: Path) -> str:
-    """The sha256, its first 16 digits, of all files of a model that say what it draws: not of its card or reports."""
-    there = [folder / INDEX, *folder.glob("*/**/*")]
-    files = sorted(path for path in there if path.suffix in (".json", ".txt", ".safetensors") and path.is_file())
+    """The sha256, its first 16 digits, of all files of a model that say what it draws: not of what is told of it."""
+    counted = (path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".safetensors"))
+    files = sorted(path for path in counted if path != folder / REPORT)
     lines = [f"{path.relative_to(folder).as_posix()} {sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 

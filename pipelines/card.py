@@ -7,12 +7,10 @@ from typing import Any
 
 from ldm.components.configs import read_json
 from ldm.components.weights import Stored, read_headers
-from ldm.hub import INDEX, STEMS
+from ldm.hub import INDEX, REPORT, STEMS
 
 TRAINING = "training"
 """Folder of <stage>.yaml, a stage's whole configuration, and <stage>.json, the last values of its metrics."""
-REPORT = "report.json"
-"""{what was measured: value}, or the report of `ldm evaluate`."""
 GRID = "grid.png"
 
 

@@ -73,15 +73,15 @@ def main() -> None:
     arguments = parse_training_arguments(__doc__)
     config = configuration.load(LdmConfig, arguments.config, arguments.overrides)
     if config.lora is not None:
-        config = lora.with_process_of_base(config)
+        config, base = lora.with_process_of_base(config)
     accelerator, share, resumed = run.start(config, arguments.resume, can_shard=config.lora is None)
     training = config.training
-    base = {} if config.lora is None else lora.state_of_base(config, resumed)
+    state_of_base = {} if config.lora is None else lora.state_of_base(config, base, resumed)
 
     # Where x_0 comes from, the U-Net and its conditions; optimiser, moving average, schedule
     torch.manual_seed(config.seed)
     if config.lora is not None:
-        task = lora.on_pipeline(config, share, *opened_pipeline(config, accelerator.device))
+        task = lora.on_pipeline(config, share, *opened_pipeline(config, base, accelerator.device))
     elif config.autoencoder == "none":
         task = in_pixel_space(config, share)
     else:
@@ -183,7 +183,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
-            state = guard.state() | share.state() | data_state(accelerator, task.data, batch) | base
+            state = guard.state() | share.state() | data_state(accelerator, task.data, batch) | state_of_base
             tensors = {
                 "model": optim.weights(unet),
                 "ema": optim.ema_tensors(ema, unet),
@@ -307,10 +307,10 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
 
 
 def opened_pipeline(
-    config: LdmConfig, device: torch.device
+    config: LdmConfig, folder: Path, device: torch.device
 ) -> tuple[LatentDiffusionPipeline, Callable[[Tensor], Tensor] | None]:
-    """The pipeline in `init`, with the parts that the configuration names from elsewhere; and, where image embeddings
-    guide its U-Net and it can make them, what gives those of images (B, 3, S, S) in [-1, 1]."""
+    """The pipeline of `init`, which `folder` holds, with the parts that the configuration names from elsewhere; and,
+    where image embeddings guide its U-Net and it can make them, what gives those of images (B, 3, S, S) in [-1, 1]."""
     parts, tower = {}, {}
     if config.autoencoder:
         parts["vae"] = AutoencoderKL.from_pretrained(run.component_folder(config.autoencoder, "autoencoder", "vae"))
@@ -329,7 +329,7 @@ def opened_pipeline(
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        pipeline = LatentDiffusionPipeline.from_pretrained(config.init, **parts).to(device)
+        pipeline = LatentDiffusionPipeline.from_pretrained(folder, **parts).to(device)
         reader = LatentDiffusionVariationPipeline.from_pipe(pipeline, **tower).to(device)
     except UserError as error:
         raise UserError(f"init {config.init}: {error}") from None

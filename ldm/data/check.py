@@ -54,11 +54,11 @@ def findings(source: str, split: str) -> Iterator[str]:
 
 def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
     """`config` with the image column, and the caption column that its name or its texts' length speaks for; without
-    any text, a template over a class label, or over a column of whole numbers that `label_names` names."""
+    any text, or where `label_names` are given, a template over a class label or a column of whole numbers."""
     image = image_column_of(config, table)
     texts = [name for name, feature in table.features.items() if _kind(feature) == "string" and name != image]
     named = [name for name in CAPTION_NAMES if name in texts]
-    if texts:
+    if texts and not config.label_names:
         first = table.select(range(min(100, len(table))))
         longest = max(texts, key=lambda name: sum(len(str(text)) for text in first[name]))
         return dataclasses.replace(config, image_column=image, caption_column=named[0] if named else longest)
@@ -76,7 +76,7 @@ def proposed_of_tars(config: DataConfig, shards: list[str]) -> DataConfig:
     config = dataclasses.replace(config, streaming=any(tars.is_url(shard) for shard in shards))
     texts = [name for name in columns if _tar_kind(name) == "string"]
     named = [name for known in (*TEXT_SUFFIXES, *CAPTION_NAMES) for name in texts if name.split(".")[-1] == known]
-    if texts:
+    if texts and not config.label_names:
         return dataclasses.replace(config, caption_column=(named or texts)[0])
     labels = [name for name in columns if name == "cls"]
     return dataclasses.replace(config, caption_templates=[f"a photo of a {{{name}}}" for name in labels])

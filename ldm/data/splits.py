@@ -69,6 +69,8 @@ def captioned(config: DataConfig, column: str | None, template: str | None) -> D
     if column is not None or template is not None:
         return replace(config, caption_column=column, caption_templates=[] if column or not template else [template])
     if config.source in ("shapes", "digits") or is_folder_of_text_files(config.source):
+        if config.label_names:
+            raise UserError(f"--label-names: {config.source} has captions of its own and no labels; leave it out")
         return config
     if tars.is_tars(config.source):
         found, columns = proposed_of_tars(config, shards := tars.shards_of(config.source)), tars.columns_of(shards[0])

@@ -28,12 +28,14 @@ from ldm.training.checkpoint import Saved
 from ldm.training.task import Task
 
 BASE = "base_sha256"
+"""Of a checkpoint's state: which model its adapters belong to."""
 PROCESS = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """Of a scheduler's configuration, what Diffusers takes where it does not say."""
 
 
-def with_process_of_base(config: LdmConfig) -> LdmConfig:
-    """The configuration with what the U-Net in `init` predicts, and over how many timesteps.
+def with_process_of_base(config: LdmConfig) -> tuple[LdmConfig, Path]:
+    """The configuration with what the U-Net in `init` predicts, and over how many timesteps; and the folder that it is
+    opened from.
 
     Raises:
         UserError: there is no such folder or repository, or it predicts something else than what is configured.
@@ -48,16 +50,17 @@ def with_process_of_base(config: LdmConfig) -> LdmConfig:
         given, default = getattr(config, name), LdmConfig.__dataclass_fields__[name].default
         if given not in (default, stored[name]):
             raise UserError(f"{name} {given}: the model in init {config.init} has {stored[name]}; leave it out")
-    return dataclasses.replace(config, **{name: stored[name] for name in ("prediction_type", "num_train_timesteps")})
+    told = {name: stored[name] for name in ("prediction_type", "num_train_timesteps")}
+    return dataclasses.replace(config, **told), folder
 
 
-def state_of_base(config: LdmConfig, resumed: Saved | None) -> dict[str, str]:
-    """What a checkpoint keeps of the model in `init`, to whose weights alone the adapters belong.
+def state_of_base(config: LdmConfig, folder: Path, resumed: Saved | None) -> dict[str, str]:
+    """What a checkpoint keeps of the model in `init`, opened from `folder`, to whose weights alone adapters belong.
 
     Raises:
         UserError: `resumed` was begun on another.
     """
-    now = hub.sha256_of_model(hub.resolve(config.init))
+    now = hub.sha256_of_model(folder)
     begun = now if resumed is None else resumed.state.get(BASE, now)
     if now != begun:
         raise UserError(

@@ -83,12 +83,14 @@ def test_captions_that_are_named_are_taken(tmp_path):
 
 
 def test_whole_numbers_are_labels_where_they_are_named(tmp_path):
-    write_parquet(tmp_path / "a.parquet", width=[8, 8], fine_label=[1, 0])
+    write_parquet(tmp_path / "a.parquet", width=[8, 8], fine_label=[1, 0], source=["web", "web"])
     config = DataConfig(source=str(tmp_path / "a.parquet"), label_names=["cat", "owl"])
     config = captioned(config, None, None)
     assert config.caption_templates == ["a photo of a {fine_label}"]
     data = open_images(config, seed=0)
     assert [data.captions(index) for index in range(2)] == [["a photo of an owl"], ["a photo of a cat"]]
+    with pytest.raises(UserError, match="--label-names: shapes has captions of its own"):
+        captioned(DataConfig(source="shapes", label_names=["cat"]), None, None)
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "/nowhere"])
