@@ -3,9 +3,9 @@ train/train_ldm.py against.
 
     python tests/benchmarks/diffusers_loop.py --config LDM.YAML --stages FOLDER --output FOLDER [key=value …]
 
-Images and captions are encoded in every step and all is computed in fp32, as that script does unless told otherwise. It
-is spared the decoding of image files, and its U-Net is given image embeddings, which that script does not know. Writes
-a line a step to OUTPUT/metrics.jsonl.
+Images and captions are encoded in every step and all is computed in fp32, as that script does unless told otherwise;
+the weights are averaged (`--use_ema`), as those of train_ldm.py are. It is spared the decoding of image files, and its
+U-Net gets image embeddings, which that script does not know. Writes a line a step to OUTPUT/metrics.jsonl.
 """
 
 import json
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from transformers import CLIPTextModelWithProjection
 
 from ldm import configuration
@@ -42,6 +43,7 @@ def main() -> None:
     latent_side = side // 2 ** (len(vae.config.block_out_channels) - 1)
     latent_shape = (vae.config.latent_channels, latent_side, latent_side)
     unet = build_unet(config, latent_shape, text.hidden_size, text.projection_dim)
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     lr_scheduler = get_scheduler("constant", optimizer)
     noise_scheduler = DDPMScheduler(beta_schedule=config.beta_schedule, prediction_type=config.prediction_type)
@@ -66,6 +68,7 @@ def main() -> None:
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
+            ema.step(unet.parameters())
             log.write(json.dumps({"step": step + 1, "loss": loss.item()}) + "\n")
             log.flush()
 
