@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ class Ablations:
 
     # ---- drawing and judging -----------------------------------------------------------------------------------------
 
+    @cached_property
     def photographs(self) -> Photographs:
         """The judge's features of the photographs, kept."""
         path = self.output / "photographs.safetensors"
@@ -218,7 +220,7 @@ class Ablations:
             return kept
         images = self.pictures(row)
         labels = torch.arange(10).repeat_interleave(self.given.images_per_class)
-        kept = {**asdict(row), "settings": self.settings, **judge(images, labels, self.photographs())}
+        kept = {**asdict(row), "settings": self.settings, **judge(images, labels, self.photographs)}
         if row.autoencoder is not None:
             kept["reconstruction"] = self.reconstructed(row)
         path.parent.mkdir(parents=True, exist_ok=True)

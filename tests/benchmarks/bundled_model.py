@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import UserError, exit_code_of
-from ldm.evaluation.distances import frechet_distance, nearest
+from ldm.evaluation.distances import Gaussian, frechet_distance, gaussian_of, nearest
 from ldm.evaluation.features import open_classifier
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
@@ -36,11 +37,33 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Photographs:
-    """What the judge makes of real photographs."""
+    """What the judge makes of real photographs; what pictures are compared with is computed once."""
 
     train_features: Tensor  # (50000, F)
     test_features: Tensor  # (10000, F)
     test_labels: Tensor  # (10000,)
+
+    @cached_property
+    def known(self) -> Gaussian:
+        """The training photographs', for Fréchet distances to them."""
+        return gaussian_of(self.train_features)
+
+    @cached_property
+    def median_nearest(self) -> float:
+        """Distance of a test photograph to its nearest training photograph, the median."""
+        return nearest(self.test_features, self.train_features)[0].median().item()
+
+    def floors(self, counts: Tensor) -> Tensor:
+        """Fréchet distances (FLOOR_SUBSETS,) of `counts[c]` random test photographs of each class c."""
+        key = tuple(counts.tolist())
+        if key not in self._floors:
+            subsets = (floor_subset(self.test_labels, counts, number) for number in range(FLOOR_SUBSETS))
+            self._floors[key] = torch.tensor([frechet_distance(self.test_features[s], self.known) for s in subsets])
+        return self._floors[key]
+
+    @cached_property
+    def _floors(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
 
 
 def read_photographs(source: str) -> Photographs:
@@ -75,17 +98,8 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
     """
     logits, features = features_of(cifar10_classifier.load(), images, "pictures")
     second = open_classifier(resnet_judge.FOLDER)
-    asked = labels.bincount(minlength=10)
-    floors = torch.tensor(
-        [
-            frechet_distance(photographs.test_features[subset], photographs.train_features)
-            for subset in (floor_subset(photographs.test_labels, asked, number) for number in range(FLOOR_SUBSETS))
-        ]
-    )
-    distance = frechet_distance(features, photographs.train_features)
-    drawn, real = (
-        nearest(some, photographs.train_features)[0].median().item() for some in (features, photographs.test_features)
-    )
+    floors = photographs.floors(labels.bincount(minlength=10))
+    distance = frechet_distance(features, photographs.known)
     return {
         "images": len(images),
         **reading(logits, labels),
@@ -94,7 +108,7 @@ def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
         "frechet_floor": floors.mean().item(),
         "frechet_floor_std": floors.std().item(),
         "frechet_ratio": distance / floors.mean().item(),
-        "nearest_ratio": drawn / real,
+        "nearest_ratio": nearest(features, photographs.train_features)[0].median().item() / photographs.median_nearest,
     }
 
 

@@ -156,7 +156,7 @@ def judged(
                 unet=unet.count / len(labels),
                 prior=embeddings[row.prior_steps][1],
                 accuracy=(logits.argmax(1) == labels).double().mean().item(),
-                frechet=frechet_distance(features, photographs.train_features),
+                frechet=frechet_distance(features, photographs.known),
                 seconds=time.monotonic() - begin,
             )
         )

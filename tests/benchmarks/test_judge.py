@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ldm.evaluation.distances import frechet_distance, nearest
 from ldm.evaluation.features import open_classifier, open_features
 from tests.benchmarks import bundled_model, cifar10_classifier, resnet_judge
 
@@ -119,3 +120,18 @@ def test_readings_of_both_judges_stand_side_by_side():
     text = bundled_model.table(report | {f"frechet_{name}": value for name, value in distances.items()})
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     assert lines["cat"] == ["50.0%", "dog", "(1)", "100.0%"] and lines["all"][:2] == ["95.0%", "100.0%"]
+
+
+def test_photographs_are_compared_once_however_many_pictures_are_judged(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    train, test = torch.rand(60, 8, generator=draw), torch.rand(40, 8, generator=draw)
+    photographs = bundled_model.Photographs(train, test, torch.arange(40) % 10)
+    counts = torch.full((10,), 2)
+    subset = bundled_model.floor_subset(photographs.test_labels, counts, 3)
+    assert photographs.floors(counts)[3].item() == pytest.approx(frechet_distance(test[subset], train), rel=1e-6)
+    assert photographs.median_nearest == nearest(test, train)[0].median().item()
+    others = photographs.floors(torch.full((10,), 3))
+    assert not torch.equal(others, photographs.floors(counts))
+    for name in ("nearest", "frechet_distance", "gaussian_of"):
+        monkeypatch.setattr(bundled_model, name, None)  # of which nothing is asked again
+    assert torch.equal(photographs.floors(counts + 1), others) and photographs.median_nearest > 0
