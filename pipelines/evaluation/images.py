@@ -2,7 +2,7 @@
 captions say."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -11,14 +11,7 @@ from torch import Tensor
 from ldm.data import shapes
 from ldm.evaluation import distances
 from ldm.evaluation.alignment import accuracy, clip_score, read_right, retrieval_recall, retrieved
-from ldm.evaluation.distances import (
-    Gaussian,
-    bootstrap,
-    frechet_distance,
-    gaussian_of,
-    kernel_distance,
-    kernel_interval,
-)
+from ldm.evaluation.distances import bootstrap, frechet_distance, gaussian_of, kernel_distance, kernel_interval
 from ldm.evaluation.report import Figure
 
 INCEPTION = "inception"
@@ -41,11 +34,12 @@ def distance_figures(
     """
     known, size = gaussian_of(reference), min(SUBSET_SIZE, len(drawn), len(reference))
     kernel = kernel_distance(drawn, reference, size, SUBSETS, seed)[0]
+    subsets = "; ".join(filter(None, (f"mean over {SUBSETS} subsets of {size:,} images", said.get("remark"))))
     rows = [
         Figure(
             part=part, name=frechet_name(said["network"]), better="lower",
             value=frechet_distance(drawn, known), images=len(drawn),
-            interval=frechet_interval(drawn, known, seed),
+            interval=frechet_interval(drawn, lambda some: frechet_distance(some, known), drawn.shape[1], seed),
             real=None if real is None else frechet_distance(real, known), **said,
         ),
         Figure(
@@ -54,7 +48,7 @@ def distance_figures(
             interval=kernel_interval(kernel, reference, drawn, ROUNDS, seed),
             real=None if real is None else kernel_distance(
                 real, reference, min(size, len(real)), SUBSETS, seed
-            )[0], **said,
+            )[0], **said | {"remark": subsets},
         ),
     ]  # fmt: skip
     radii = distances.radii(reference, NEIGHBOURS)  # which take longest, of thousands of images
@@ -77,10 +71,10 @@ def frechet_name(network: str) -> str:
     return "FID" if network == INCEPTION else "Fréchet distance"
 
 
-def frechet_interval(features: Tensor, known: Gaussian, seed: int) -> tuple[float, float]:
-    """Of the Fréchet distance of features (N, F) to images of which a Gaussian is known."""
-    rounds = max(10, min(ROUNDS, int(ROUNDS * (LARGE / features.shape[1]) ** 3)))
-    return within(bootstrap(lambda some: frechet_distance(some, known), features, rounds, seed))
+def frechet_interval(rows: Tensor, distance: Callable[[Tensor], float], size: int, seed: int) -> tuple[float, float]:
+    """Of the Fréchet `distance` of rows (N, …), one an image, in features of `size` numbers."""
+    rounds = max(10, min(ROUNDS, int(ROUNDS * (LARGE / size) ** 3)))
+    return within(bootstrap(distance, rows, rounds, seed))
 
 
 def within(interval: tuple[float, float], low: float = 0.0, high: float = math.inf) -> tuple[float, float]:
@@ -103,8 +97,8 @@ def memory_figures(nearest: Tensor, real: Tensor | None, seed: int, **said: str)
         low, high = mean_interval(nearest / others, seed, torch.median)
         figures.append(
             Figure(
-                part=part, name="nearest-neighbour ratio, drawn to real", better="higher", value=median / others,
-                images=len(nearest), interval=within((low, high)), real=1.0,
+                part=part, name="nearest-neighbour ratio, drawn to real", value=median / others, images=len(nearest),
+                interval=within((low, high)), real=1.0,
                 **said | {"remark": f"the medians' ratio; below {COPIES} is a sign of copying"},
             )
         )  # fmt: skip

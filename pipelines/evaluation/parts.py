@@ -5,10 +5,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.evaluation.distances import bootstrap, frechet_distance, gaussian_of
+from ldm.evaluation.distances import bootstrap, frechet_distance
 from ldm.evaluation.likelihood import bits_per_dim
 from ldm.evaluation.prior import prior_cosines
-from ldm.evaluation.reconstruction import open_lpips, psnr, ssim
+from ldm.evaluation.reconstruction import lpips_weights, open_lpips, psnr, ssim
 from ldm.evaluation.report import Figure
 from pipelines.evaluation.drawing import picture_generator
 from pipelines.evaluation.images import frechet_interval, frechet_name, mean_interval
@@ -40,7 +40,7 @@ def autoencoder_figures(
     figures, left_out = [], []
     lpips = open_lpips(device)
     if lpips is None:
-        left_out.append("no LPIPS: its weights, or torchmetrics, are not on this machine")
+        left_out.append(f"no LPIPS: it needs torchmetrics, and AlexNet's weights as '{lpips_weights()}'")
     for name, unit, better, measure in (("PSNR", "dB", "higher", psnr), ("SSIM", "", "higher", ssim),
                                         ("LPIPS", "", "lower", lpips)):  # fmt: skip
         if measure is None:
@@ -54,20 +54,21 @@ def autoencoder_figures(
         figures.append(
             Figure(
                 part="Autoencoder", name=name, unit=unit, better=better, value=values.mean().item(),
-                images=len(originals), network="AlexNet" if name == "LPIPS" else "",
-                interval=mean_interval(values, seed),
+                images=len(originals), interval=mean_interval(values, seed),
+                **({"network": "AlexNet", "weights": lpips_weights().name} if name == "LPIPS" else {}),
             )
         )  # fmt: skip
     return figures, left_out
 
 
 def reconstruction_distance(originals: Tensor, restored: Tensor, seed: int, **said: str) -> Figure:
-    """Fréchet distance of features (N, F) of reconstructions to those of the same images."""
-    known = gaussian_of(originals)
+    """Fréchet distance of features (N, F) of reconstructions to those of the same images. An image is resampled with
+    its reconstruction: between them, which images there are makes no difference."""
+    both, width = torch.cat([originals, restored], dim=1), originals.shape[1]
     return Figure(
         part="Autoencoder", name=f"reconstruction {frechet_name(said['network'])}", better="lower",
-        value=frechet_distance(restored, known), images=len(restored),
-        interval=frechet_interval(restored, known, seed), **said,
+        value=frechet_distance(originals, restored), images=len(restored),
+        interval=frechet_interval(both, lambda some: frechet_distance(*some.split(width, dim=1)), width, seed), **said,
     )  # fmt: skip
 
 
