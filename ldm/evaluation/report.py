@@ -104,9 +104,9 @@ def as_comparison(names: tuple[str, str], reports: tuple[Report, Report]) -> str
     """Two reports as one page: every figure that both have, got in the same way; then what is not comparable."""
     first, second = reports
     lines, alone = [], []
-    others = {_key(figure): figure for figure in second.figures}
+    others = {_key(figure, second): figure for figure in second.figures}
     for figure in first.figures:
-        other = others.pop(_key(figure), None)
+        other = others.pop(_key(figure, first), None)
         if other is None:
             alone.append(f"{names[0]}: {_title(figure)} = {number(figure.value)}")
             continue
@@ -190,9 +190,10 @@ def _title(figure: Figure) -> str:
     return figure.name + (f" ({figure.network})" if figure.network else "")
 
 
-def _key(figure: Figure) -> tuple:
+def _key(figure: Figure, report: Report) -> tuple:
     """What two figures must have in common to be compared."""
-    return figure.part, figure.name, figure.network, figure.weights, figure.images, figure.against
+    drawn_from = (report.settings.get(name) for name in ("data", "split", "captions"))
+    return figure.part, figure.name, figure.network, figure.weights, figure.images, figure.against, *drawn_from
 
 
 def _better(first: Figure, second: Figure) -> int | None:

@@ -51,6 +51,8 @@ def test_only_what_was_got_alike_is_compared():
     assert "| Pictures drawn | FID (inception) | 12.35 [12, 12.6] | 14 [13.9, 14.1] | a |" in page
     assert "- seed: 0 and 1" in page
     assert "- a: accuracy = 90" in page and "- b: accuracy (another) = 90" in page
+    elsewhere = replace(REPORT, settings=REPORT.settings | {"data": "elsewhere"})
+    assert "- b: FID (inception) = 12.35" in as_comparison(("a", "b"), (REPORT, elsewhere))
 
 
 @pytest.mark.parametrize(
