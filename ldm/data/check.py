@@ -11,6 +11,7 @@ from ldm.config import DataConfig
 from ldm.data import tars
 from ldm.data.batches import open_data
 from ldm.data.captions import CaptionedImages, image_column_of, is_folder_of_text_files, load_table
+from ldm.data.columns import is_bare_number
 from ldm.errors import RunError
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
@@ -64,7 +65,7 @@ def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
         return dataclasses.replace(config, image_column=image, caption_column=named[0] if named else longest)
     labels = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     if config.label_names:
-        numbers = [name for name, feature in table.features.items() if _kind(feature).startswith(("int", "uint"))]
+        numbers = [name for name, feature in table.features.items() if is_bare_number(feature)]
         labels += sorted(numbers, key=lambda name: "label" not in name)
     templates = [f"a photo of a {{{labels[0]}}}"] if labels else []
     return dataclasses.replace(config, image_column=image, caption_templates=templates)

@@ -56,6 +56,11 @@ def _columns_of(template: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
+def is_bare_number(feature: object) -> bool:
+    """Whether a column holds whole numbers without names, as `label_names` are for."""
+    return not isinstance(feature, ClassLabel) and str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+
+
 def words(config: DataConfig, feature: object, column: str, value: object) -> str:
     """A value as words: class labels become their names, of the data set or `label_names`."""
     names = feature.names if isinstance(feature, ClassLabel) else config.label_names

@@ -11,6 +11,7 @@ from ldm.config import DataConfig
 from ldm.data import tars
 from ldm.data.captions import IMAGE_SUFFIXES, is_folder_of_text_files, load_table
 from ldm.data.check import proposed, proposed_of_tars
+from ldm.data.columns import caption_columns, is_bare_number
 from ldm.errors import UserError
 
 NOT_TRAINED_ON = ("test", "validation", "valid", "val", "dev")
@@ -64,14 +65,18 @@ def captioned(config: DataConfig, column: str | None, template: str | None) -> D
     column of texts, or else "a photo of a {label}" over a column of class labels.
 
     Raises:
-        UserError: there is nothing that captions could be made of; the columns that are there get listed.
+        UserError: there is nothing that captions could be made of; the columns that are there get listed. Or what was
+            named would change nothing.
     """
-    if column is not None or template is not None:
-        return replace(config, caption_column=column, caption_templates=[] if column or not template else [template])
     if config.source in ("shapes", "digits") or is_folder_of_text_files(config.source):
-        if config.label_names:
-            raise UserError(f"--label-names: {config.source} has captions of its own and no labels; leave it out")
+        given = {"--caption-column": column, "--caption-template": template, "--label-names": config.label_names}
+        for option in (option for option, value in given.items() if value):
+            raise UserError(f"{option}: {config.source} has captions of its own and no columns; leave it out")
         return config
+    if column is not None or template is not None:
+        found = replace(config, caption_column=column, caption_templates=[] if column or not template else [template])
+        _check_label_names(found)
+        return found
     if tars.is_tars(config.source):
         found, columns = proposed_of_tars(config, shards := tars.shards_of(config.source)), tars.columns_of(shards[0])
     else:
@@ -88,7 +93,17 @@ def captioned(config: DataConfig, column: str | None, template: str | None) -> D
             "one with --caption-column, write them with --caption-template 'a photo of a {label}', or name labels with "
             "--label-names"
         )
+    _check_label_names(found)
     return found
+
+
+def _check_label_names(config: DataConfig) -> None:
+    """Raises UserError where the captions of a table need no names of labels, and some are given."""
+    if config.label_names and not tars.is_tars(config.source):
+        kinds = load_table(config).features
+        used = caption_columns(config, kinds)
+        if not any(is_bare_number(kinds[name]) for name in used):
+            raise UserError(f"--label-names: {', '.join(used)} of {config.source} has words of its own; leave it out")
 
 
 def _begins_with_split(name: str) -> str | None:

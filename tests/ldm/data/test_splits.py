@@ -89,8 +89,19 @@ def test_whole_numbers_are_labels_where_they_are_named(tmp_path):
     assert config.caption_templates == ["a photo of a {fine_label}"]
     data = open_images(config, seed=0)
     assert [data.captions(index) for index in range(2)] == [["a photo of an owl"], ["a photo of a cat"]]
-    with pytest.raises(UserError, match="--label-names: shapes has captions of its own"):
-        captioned(DataConfig(source="shapes", label_names=["cat"]), None, None)
+
+
+def test_what_captions_have_no_use_for_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["cat", "owl"], label=[1, 0], text=["one", "two"])
+    config = DataConfig(source=str(tmp_path / "a.parquet"), label_names=["dog", "hen"])
+    for template in (None, "a {label}", "a {text}"):
+        with pytest.raises(UserError, match=r"--label-names: (label|text) of .* has words of its own; leave it out"):
+            captioned(config, None, template)
+    for option, column, template, names in (("--caption-column", "label", None, []),
+                                            ("--caption-template", None, "a {label}", []),
+                                            ("--label-names", None, None, ["cat"])):  # fmt: skip
+        with pytest.raises(UserError, match=f"{option}: shapes has captions of its own"):
+            captioned(DataConfig(source="shapes", label_names=names), column, template)
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "/nowhere"])
