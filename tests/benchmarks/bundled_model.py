@@ -212,11 +212,12 @@ def main() -> None:
     )
     given = {name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps")}
     settings = {name: value for name, value in given.items() if value is not None}
+    photographs = read_photographs(arguments.data)  # before pictures are drawn, which takes longest
     images, labels, seeds = draw(pipeline, arguments.images_per_class, arguments.seed, **settings)
     if images.shape[1:] != (3, 32, 32):
         raise UserError(f"--model {arguments.model} draws {tuple(images.shape[1:])}; the judge reads (3, 32, 32)")
 
-    report = judge(images, labels, read_photographs(arguments.data))
+    report = judge(images, labels, photographs)
     report = {"model": arguments.model or "bundled", "settings": pipeline.default_settings | settings, **report}
     print(f"picture k of class c has seed key({arguments.seed}, 'benchmark', c, k): {seeds[0]} … {seeds[-1]}")
     first, second = json.loads(cifar10_classifier.RECORD.read_text())["test_accuracy"], resnet_judge.stated_accuracy()
@@ -236,8 +237,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--images-per-class {arguments.images_per_class}: must be at least 1")
     if arguments.images_per_class > 1000:
         raise UserError(f"--images-per-class {arguments.images_per_class}: the test set has 1000, for the floor")
-    if arguments.output is not None and arguments.output.exists() and any(arguments.output.iterdir()):
-        raise UserError(f"--output {arguments.output}: already in use; name a new folder")
+    output = arguments.output
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: already in use; name a new folder")
 
 
 if __name__ == "__main__":
