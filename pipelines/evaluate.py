@@ -1,6 +1,7 @@
 """The command `ldm evaluate`: its options, and what can be told of them before anything heavy is imported."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldm import hub
@@ -38,43 +39,59 @@ def add_command(commands, bundled: Path) -> None:
     add("--guidance-scale", metavar="G", type=float, help="default: the model's own")
     add("--steps", metavar="N,N,…", type=_list_of(int), help="draws a curve of quality over these")
     add("--guidance-scales", metavar="G,G,…", type=_list_of(float), help="draws a curve of quality over these")
-    add("--curve-images", metavar="N", type=int, default=200, help="for each point of a curve; default: 200")
+    add("--curve-images", metavar="N", type=int, help="for each point of a curve; default: 200, or --num-images")
     add("--seed", metavar="N", type=int, default=0, help="of pictures, choice of images and intervals; default: 0")
     add("--batch-size", metavar="N", type=int, default=50, help="pictures drawn at once; default: 50")
-    add("--compare", metavar=MODELS, nargs=2, help="two reports, or two models, side by side")
-    parser.set_defaults(command=lambda arguments: evaluate(arguments, bundled))
+    add("--compare", metavar=MODELS, nargs=2, help="two reports, or with --data two models, side by side")
+    defaults = vars(parser.parse_args([]))
+    parser.set_defaults(command=lambda arguments: evaluate(arguments, bundled, defaults))
 
 
-def evaluate(arguments: argparse.Namespace, bundled: Path) -> None:
-    """`ldm evaluate`: writes the report and prints its path; or prints two, compared."""
+def evaluate(arguments: argparse.Namespace, bundled: Path, defaults: Mapping[str, object]) -> None:
+    """`ldm evaluate`: writes the report and prints its path; or prints two, compared. `defaults`: of its options."""
     if arguments.compare is not None and arguments.model is not None:
         raise UserError("--model and --compare exclude each other; --compare A B takes two models, or two reports")
-    if arguments.compare is not None and all(
-        (Path(name).expanduser() / "report.json").is_file() for name in arguments.compare
-    ):
+    if _are_reports(arguments):
+        for name, default in defaults.items():
+            if name not in ("compare", "output") and getattr(arguments, name) != default:
+                raise UserError(f"--{name.replace('_', '-')} is of no use to --compare with two reports; leave it out")
         folders = tuple(Path(name).expanduser() for name in arguments.compare)
         output = None if arguments.output is None else Path(arguments.output).expanduser()
         print(_compared(folders, output), end="")
         return
     for option in ("data", "output"):
-        if getattr(arguments, option) is None:
-            said = " (--compare was not given two folders that hold a report.json)" if arguments.compare else ""
+        if not getattr(arguments, option):
+            hint = " (--compare was not given two folders that hold a report.json)"
+            said = hint if arguments.compare and option == "data" else ""
             raise UserError(f"--{option} is missing{said}; see `ldm evaluate --help`")
     _check(arguments)
     output = Path(arguments.output).expanduser()
     check_output(output) if arguments.compare is None else [check_output(output / name) for name in MODELS]
     names = arguments.compare or [arguments.model or BUNDLED]
     models = {name: hub.resolve(bundled if name == BUNDLED else name, arguments.revision) for name in names}
+    for folder in models.values():  # by whose files drawn pictures are known to be its own
+        if folder.resolve() in output.resolve().parents:
+            raise UserError(f"--output '{output}' is in the model's folder, which it would change; name another folder")
     from pipelines.cli import be_quiet
 
     be_quiet()
+    from pipelines.evaluation.model import open_painter
     from pipelines.evaluation.run import evaluate as evaluate_model
 
+    for folder in models.values() if arguments.compare is not None else ():
+        open_painter(folder, {})  # or else what is amiss with the second is told when the first has been judged
     folders = (output,) if arguments.compare is None else tuple(output / name for name in MODELS)
     for name, folder in zip(names, folders, strict=True):
         print(evaluate_model(arguments, name, models[name], folder))
     if arguments.compare is not None:
         print(_compared(folders, output), end="")
+
+
+def _are_reports(arguments: argparse.Namespace) -> bool:
+    """Whether --compare was given two reports. With --data it takes models, which may hold a report as well."""
+    if arguments.compare is None or arguments.data is not None:
+        return False
+    return all((Path(name).expanduser() / "report.json").is_file() for name in arguments.compare)
 
 
 def _compared(folders: tuple[Path, Path], output: Path | None) -> str:
@@ -88,9 +105,13 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, smallest in (("num_images", FEWEST), ("reference_images", FEWEST), ("curve_images", FEWEST),
                              ("batch_size", 1)):  # fmt: skip
         value, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
+        if value is None:
+            continue
         if smallest == FEWEST and value < FEWEST:
             raise UserError(f"{name} is {value}; precision and recall by five neighbours need at least {FEWEST} images")
         check_count(name, value, smallest)
+    if arguments.curve_images is not None and not (arguments.steps or arguments.guidance_scales):
+        raise UserError("--curve-images belongs to a curve; give --steps or --guidance-scales, too")
     check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED)
     for option, check in (("num_inference_steps", check_count), ("steps", check_count),
                           ("guidance_scale", check_scale), ("guidance_scales", check_scale)):  # fmt: skip

@@ -84,15 +84,25 @@ def read_right(logits: Tensor, names: Sequence[str], captions: Sequence[str]) ->
                         f"{tuple(logits.shape)}")  # fmt: skip
     if not torch.isfinite(logits).all():
         raise UserError("the classifier's logits are not finite; its weights are damaged")
+    wanted = named_labels(names, captions)
+    return [
+        label in wanted[caption] if wanted[caption] else None
+        for label, caption in zip(logits.argmax(dim=1).tolist(), captions, strict=True)
+    ]
+
+
+def named_labels(names: Sequence[str], captions: Sequence[str]) -> dict[str, set[int]]:
+    """Each different caption -> the labels (their numbers) that it names, as `read_right` has it.
+
+    Raises:
+        UserError: captions of which none names a label.
+    """
     named = _names_in(names)
     wanted = {caption: named(caption) for caption in dict.fromkeys(captions)}
     if not any(wanted.values()):
         raise UserError(f"no caption names a label of the classifier ({', '.join(names[:5])}, …), the first being "
                         f"{captions[0]!r}; take one that knows what the pictures show")  # fmt: skip
-    return [
-        label in wanted[caption] if wanted[caption] else None
-        for label, caption in zip(logits.argmax(dim=1).tolist(), captions, strict=True)
-    ]
+    return wanted
 
 
 def accuracy(right: Sequence[bool | None], captions: Sequence[str]) -> dict[str, float | int | dict[str, float]]:

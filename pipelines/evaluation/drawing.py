@@ -9,11 +9,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.errors import RunError
 from ldm.files import write_image
 from ldm.training import randomness
 from pipelines.evaluation.model import Painter
-from pipelines.evaluation.stored import Pictures
+from pipelines.evaluation.stored import Pictures, written
 
 
 def picture_generator(seed: int, number: int) -> torch.Generator:
@@ -35,7 +34,8 @@ def draw(
     Raises:
         RunError: a picture could not be written; those that were are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.png"):  # of a process that was killed
         partial.unlink()
     drawn = {number for number in range(len(captions)) if _is_whole(_path(folder, number))}
@@ -73,7 +73,5 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(pixels: Tensor, path: Path) -> None:
-    try:
+    with written(path):
         write_image(Image.fromarray(pixels.permute(1, 2, 0).numpy()), path)
-    except OSError as error:
-        raise RunError(f"'{path}' could not be written: {error.strerror or error}; run it again to go on") from None

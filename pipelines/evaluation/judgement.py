@@ -74,11 +74,12 @@ def judge(
     else:
         _distances(found, data, images, judges, seed)
         now = found.timed("distances", now)
-    _captions(found, data, images, judges, seed)
-    now = found.timed("captions", now)
+    if painter.knows_captions:
+        _captions(found, data, images, judges, seed)
+        now = found.timed("captions", now)
+    else:
+        found.warnings.append("this model knows no captions: its pictures are compared as they come")
     if isinstance(painter, PixelSpace):
-        if not painter.classes:
-            found.warnings.append("this model knows no captions: its pictures are compared as they come")
         found.figures.append(parts.likelihood_figure(painter, images.real, data.captions, seed))
         found.timed("likelihood", now)
         return found

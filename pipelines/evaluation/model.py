@@ -14,6 +14,7 @@ from ldm.components.configs import read_json
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.errors import UserError
 from pipelines.base import check_steps
+from pipelines.checks import check_prompt
 from pipelines.text_to_image import LatentDiffusionPipeline
 
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -27,8 +28,8 @@ class Painter(Protocol):
     """How it draws unless told otherwise."""
     device: torch.device
     scheduler: SchedulerMixin
-    is_guided: bool
-    """Whether a guidance scale means anything to it."""
+    knows_captions: bool
+    """Whether these, and with them a guidance scale, mean anything to it."""
 
     def check_captions(self, captions: list[str]) -> None:
         """Raises `UserError` for one that cannot be painted."""
@@ -53,7 +54,7 @@ def check_settings(painter: Painter, steps: dict[str, Iterable[int]], scales: di
         for value in values:
             check_steps(option, value, painter.scheduler)
     for option, values in scales.items():
-        if not painter.is_guided and any(value != 1 for value in values):
+        if not painter.knows_captions and any(value != 1 for value in values):
             raise UserError(f"{option} belongs to a model of captions or classes; this one knows none")
 
 
@@ -64,14 +65,14 @@ class TextToImage:
         self.pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.settings, self.device = self.pipe.default_settings | given, device
-        self.scheduler, self.is_guided = self.pipe.scheduler, True
+        self.scheduler, self.knows_captions = self.pipe.scheduler, True
         height, width = self.pipe._image_size(None, None)
         if height != width:
             raise UserError(f"model '{folder}' draws {height}×{width} pixels; only models of squares are evaluated")
         self.side = height
 
     def check_captions(self, captions: list[str]) -> None:
-        """All texts can be painted."""
+        check_prompt("caption", captions)
 
     def paint(self, captions: list[str], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
         return self.pipe(captions, generator=generators, output_type="pt", **settings).images
@@ -90,7 +91,7 @@ class PixelSpace:
         self.classes: list[str] = json.loads(classes.read_text(encoding="utf-8")) if classes.is_file() else []
         steps = min(PIXEL_STEPS, self.scheduler.config.num_train_timesteps)
         self.settings = {"num_inference_steps": steps, "guidance_scale": 1.0} | given
-        self.is_guided = bool(self.classes)
+        self.knows_captions = bool(self.classes)
 
     def check_captions(self, captions: list[str]) -> None:
         """Raises `UserError` for a caption that is none of the model's classes."""

@@ -1,6 +1,7 @@
 """One evaluation from end to end: opened, drawn, judged, written."""
 
 import argparse
+import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from ldm import hub
 from ldm.errors import UserError
-from ldm.evaluation.alignment import accuracy, clip_score, read_right
+from ldm.evaluation.alignment import accuracy, clip_score, named_labels, read_right
 from ldm.evaluation.distances import Gaussian, frechet_distance, gaussian_of
 from ldm.evaluation.report import REPORT, Report, as_json, as_markdown
 from ldm.files import write_text
@@ -19,15 +20,16 @@ from ldm.training.run import lock
 from pipelines.evaluation import pictures
 from pipelines.evaluation.data import Judged, open_judged
 from pipelines.evaluation.drawing import draw
-from pipelines.evaluation.images import NEIGHBOURS, shapes_figures
+from pipelines.evaluation.images import NEIGHBOURS, frechet_name, shapes_figures
 from pipelines.evaluation.judgement import Images, Judgement, images_of, judge
 from pipelines.evaluation.model import PixelSpace, TextToImage, check_settings, open_painter
 from pipelines.evaluation.networks import Judges, apply, open_judges
 from pipelines.evaluation.settings import claim
-from pipelines.evaluation.stored import Pictures
+from pipelines.evaluation.stored import Pictures, written
 
 DRAWN, PAGE = "drawn", "report.md"
 SAMPLES, RESTORED, NEAREST, CURVES = "samples.png", "reconstructions.png", "neighbours.png", "curves.png"
+CURVE_IMAGES = 200
 VARIED = {"num_inference_steps": "steps", "guidance_scale": "guidance scale"}
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -59,6 +61,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
         arguments.label_names or (),
     )  # fmt: skip
     painter.check_captions(data.captions)
+    _check_judges(arguments, painter, data, judges)
     _check_enough(arguments, data)
     settings = _settings(arguments, name, folder, painter, data, judges)
     claim(output, settings)
@@ -76,7 +79,8 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     curves = _curves(arguments, painter, data, images, judges, found, given, output)
     seconds |= found.seconds | ({"curves": round(perf_counter() - begin, 1)} if curves else {})
     begin = perf_counter()
-    shown = _draw_pictures(output, data, images, found, curves)
+    with written(output):
+        shown = _draw_pictures(output, data, images, found, curves)
     seconds["pictures"] = round(perf_counter() - begin, 1)
     report = Report(
         model=name,
@@ -93,13 +97,30 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
             "seconds": seconds,
         },
     )
-    write_text(output / REPORT, as_json(report))
-    write_text(output / PAGE, as_markdown(report))
+    with written(output):
+        write_text(output / REPORT, as_json(report))
+        write_text(output / PAGE, as_markdown(report))
     return output / PAGE
 
 
 def _is_pixels(painter: TextToImage | PixelSpace) -> bool:
     return isinstance(painter, PixelSpace)
+
+
+def _check_judges(
+    arguments: argparse.Namespace, painter: TextToImage | PixelSpace, data: Judged, judges: Judges
+) -> None:
+    """Raises `UserError` where a network has nothing to judge, or a curve none that judges it."""
+    if judges.classifier is not None:
+        if not painter.knows_captions:
+            raise UserError("--classifier reads what captions name; this model knows none, leave it out")
+        named_labels(judges.classifier.names, data.captions)
+    of_captions = judges.clip or judges.classifier or data.config.source == "shapes"
+    if judges.features is None and not (painter.knows_captions and of_captions):
+        for option in ("steps", "guidance_scales"):
+            if getattr(arguments, option):
+                raise UserError(f"--{option.replace('_', '-')}: nothing here tells the quality of a curve's points; "
+                                "name --features, --clip or --classifier")  # fmt: skip
 
 
 def _check_enough(arguments: argparse.Namespace, data: Judged) -> None:
@@ -132,17 +153,23 @@ def _settings(
         "against": data.against,
         "num_images": arguments.num_images,
         "seed": arguments.seed,
+        "captions_sha256": hashlib.sha256("\n".join(data.captions).encode()).hexdigest()[:16],
         **{name: list(value) if isinstance(value, tuple) else value for name, value in painter.settings.items()},
         "features": None if judges.features is None else f"{judges.features.name}, {judges.features.weights}",
         "clip": None if judges.clip is None else f"{judges.clip.images.name}, {judges.clip.images.weights}",
         "classifier": None if judges.classifier is None else f"{judges.classifier.name}, {judges.classifier.weights}",
         "steps": arguments.steps,
         "guidance_scales": arguments.guidance_scales,
-        "curve_images": arguments.curve_images if arguments.steps or arguments.guidance_scales else None,
+        "curve_images": _curve_images(arguments) if arguments.steps or arguments.guidance_scales else None,
     }
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _curve_images(arguments: argparse.Namespace) -> int:
+    """Of each point: the first of those that are drawn anyway."""
+    return min(arguments.curve_images or CURVE_IMAGES, arguments.num_images)
 
 
 def _curves(
@@ -159,7 +186,7 @@ def _curves(
     asked = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scales}
     if not any(asked.values()):
         return {}
-    captions = data.captions[: arguments.curve_images]
+    captions = data.captions[: _curve_images(arguments)]
     known = None
     if judges.features is not None:
         known = gaussian_of(found.seen(judges.features, images.reference))
@@ -173,18 +200,23 @@ def _curves(
                 settings = (painter.settings if _is_pixels(painter) else given) | {name: value}
                 place, what = output / f"{DRAWN}-{name.replace('_', '-')}-{value:g}", f"{VARIED[name]} {value:g}"
                 drawn = draw(painter, captions, place, arguments.seed, arguments.batch_size, settings, what)
-            points.append({VARIED[name]: value, **_quality(drawn, captions, data, judges, known)})
+            told = captions if painter.knows_captions else None
+            points.append({VARIED[name]: value, **_quality(drawn, told, data, judges, known)})
         if points:
             curves[VARIED[name]] = points
     return curves
 
 
 def _quality(
-    drawn: Pictures, captions: list[str], data: Judged, judges: Judges, known: Gaussian | None
+    drawn: Pictures, captions: list[str] | None, data: Judged, judges: Judges, known: Gaussian | None
 ) -> dict[str, float]:
+    """Of one point. captions: None of a model that knows none."""
     quality: dict[str, float] = {}
     if known is not None:
-        quality["Fréchet distance"] = frechet_distance(apply(judges.features, drawn, "features"), known)
+        name = frechet_name(judges.features.name)
+        quality[name] = frechet_distance(apply(judges.features, drawn, "features"), known)
+    if captions is None:
+        return quality
     if judges.clip is not None:
         quality["CLIP score"] = clip_score(apply(judges.clip.images, drawn, "CLIP"), judges.clip.read(captions))
     if judges.classifier is not None:

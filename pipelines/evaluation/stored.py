@@ -1,10 +1,23 @@
 """Pictures that are read when they are looked at: thousands of large ones need not fit in the memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ldm.errors import RunError
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Raises `RunError` where what is written within, to `path`, cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"'{path}' could not be written: {error.strerror or error}; run it again to go on") from None
 
 
 @dataclass(frozen=True)

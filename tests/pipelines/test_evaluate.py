@@ -211,17 +211,27 @@ def test_two_reports_are_compared(evaluated, tmp_path, capsys):
     assert line.endswith("| better |")
     assert (tmp_path / "both" / "comparison.md").read_text() == printed
     assert Image.open(tmp_path / "both" / "comparison.png").width > 50
+    (tmp_path / "file").touch()
+    compared = ["--compare", evaluated, other]
+    assert f"--output '{tmp_path / 'file'}' cannot be written" in refusal(
+        capsys, *compared, "--output", tmp_path / "file"
+    )
+    assert "--num-images is of no use" in refusal(capsys, *compared, "--num-images", 7)
 
 
 def test_two_models_are_evaluated_and_compared(model, data, tmp_path, capsys):
-    few = ["--num-images", 6, "--num-inference-steps", 1, "--caption-template", "a {label}"]
+    few = ["--num-images", 6, "--num-inference-steps", 1, "--caption-template", "a {label}", "--steps", 1]
     other = shutil.copytree(model, tmp_path / "other")
-    assert run("evaluate", "--compare", model, other, "--data", data, "--output", tmp_path / "both", *few) == 0
+    common = ["--data", data, "--output", tmp_path / "both", *few]
+    assert "model_index.json' is missing" in refusal(capsys, "--compare", model, data, *common)
+    assert not (tmp_path / "both").exists()  # told before the first is judged
+    assert run("evaluate", "--compare", model, other, *common) == 0
+    assert report_of(tmp_path / "both" / "A")["settings"]["curve_images"] == 6  # no more than are drawn
     assert all((tmp_path / "both" / name / "report.md").is_file() for name in ("A", "B"))
     assert "# model and other" in capsys.readouterr().out
 
 
-def test_a_model_of_pixels_has_a_likelihood(tmp_path):
+def test_a_model_of_pixels_has_a_likelihood(classifier, tmp_path, capsys):
     torch.manual_seed(0)
     sizes = {
         "sample_size": 8,
@@ -245,6 +255,9 @@ def test_a_model_of_pixels_has_a_likelihood(tmp_path):
     assert any("name a network, such as --features inception" in warning for warning in report["warnings"])
     assert run(*arguments) == 0  # nothing is drawn again
     assert report_of(tmp_path / "report")["figures"] == report["figures"]
+    assert "--steps: nothing here tells the quality" in refusal(capsys, *arguments[1:], "--steps", 5)
+    (tmp_path / "model" / "classes.json").unlink()
+    assert "this model knows none" in refusal(capsys, *arguments[1:-2], "--classifier", classifier)
 
 
 def test_true_scenes_show_their_captions():
@@ -261,7 +274,9 @@ def test_true_scenes_show_their_captions():
 
 MISTAKES = [
     (["--output", "new"], "--data is missing"),
+    (["--data", "", "--output", "new"], "--data is missing"),
     (["--data", "shapes"], "--output is missing"),
+    (["--data", "shapes", "--output", "new", "--curve-images", "9"], "--curve-images belongs to a curve"),
     (["--data", "shapes", "--output", "new", "--num-images", "5"], "--num-images is 5; precision and recall"),
     (["--data", "shapes", "--output", "new", "--batch-size", "0"], "--batch-size is 0"),
     (["--data", "shapes", "--output", "new", "--seed", "-1"], "--seed is -1"),
@@ -337,8 +352,13 @@ def test_what_the_data_lack_is_told(model, data, tmp_path, capsys):
     for number in range(3):
         (tmp_path / "bare" / f"{number}.txt").write_text("a cat")
     assert "has 3 images in all; precision and recall" in refusal(capsys, *common, "--data", tmp_path / "bare")
+    for number in range(3, 7):
+        (tmp_path / "bare" / f"{number}.txt").write_text("x" * 100_001)
+    assert "has 100001 characters" in refusal(capsys, *common, "--data", tmp_path / "bare")
     assert "no such folder" in refusal(capsys, *common, "--data", tmp_path / "nowhere")
     assert not (tmp_path / "report").exists()
+    inside = ["--model", model, "--output", model / "unet" / "report", "--data", data]
+    assert "is in the model's folder" in refusal(capsys, *inside)
 
 
 def test_networks_that_do_not_fit_are_told(model, data, classifier, tmp_path, capsys):
@@ -349,12 +369,15 @@ def test_networks_that_do_not_fit_are_told(model, data, classifier, tmp_path, ca
         assert f"{option} '{other}' reads 24×24 pixels, and the pictures have 16×16" in line
     assert f"--clip '{classifier}' is no folder of CLIP's two towers" in refusal(capsys, *common, "--clip", classifier)
     assert "nowhere" in refusal(capsys, *common, "--features", tmp_path / "nowhere")
+    unnamed = [*common, "--classifier", classifier, "--caption-template", "nothing"]
+    assert "no caption names a label of the classifier" in refusal(capsys, *unnamed)
     assert not (tmp_path / "report").exists()
 
 
 def test_another_evaluation_is_not_mixed_in(evaluated, model, data, capsys):
     line = refusal(capsys, "--model", model, "--data", data, "--output", evaluated, *FEW, "--seed", 3)
     assert "is of another evaluation: seed 0, now 3" in line and "steps [2, 3], now None" in line
+    assert "captions_sha256" in line
 
 
 def test_settings_are_compared_as_they_are_written(tmp_path):
