@@ -53,6 +53,11 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def unreadable(self) -> int:
+        """How many of the samples that were asked for so far cannot be decoded."""
+        return len(self._unreadable)
+
     def captions(self, index: int) -> list[str]:
         """Every caption of sample `index`; the first is the canonical one."""
         return self._read_captions(index)

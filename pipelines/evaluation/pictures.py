@@ -24,14 +24,15 @@ def rows(
 ) -> Image.Image:
     """A row of pictures, uint8 (3, H, W), behind each label. beneath: texts of a line, under each picture."""
     side = _tile(labelled[0][1][0])
-    margin = round(max(FONT.getlength(line) for label, _ in labelled for line in _wrapped(label, LABEL))) + 3 * GAP
+    words = [_wrapped(label, LABEL, side // LINE) for label, _ in labelled]
+    margin = round(max(FONT.getlength(line) for lines in words for line in lines)) + 3 * GAP
     height = side + GAP + (LINE if beneath is not None else 0)
     width = margin + max(len(pictures) for _, pictures in labelled) * (side + GAP)
     sheet = Image.new("RGB", (width, len(labelled) * height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (label, pictures) in enumerate(labelled):
+    for number, (lines, (_, pictures)) in enumerate(zip(words, labelled, strict=True)):
         top = number * height + GAP
-        pen.multiline_text((GAP, top + side // 2), "\n".join(_wrapped(label, LABEL)), "black", FONT, anchor="lm")
+        pen.multiline_text((GAP, top + side // 2), "\n".join(lines), "black", FONT, anchor="lm")
         for column, picture in enumerate(pictures):
             left = margin + column * (side + GAP)
             sheet.paste(_enlarged(picture, side), (left, top))
@@ -43,7 +44,7 @@ def rows(
 def tiles(pictures: Sequence[Tensor], captions: Sequence[str], columns: int = 8) -> Image.Image:
     """Pictures, uint8 (3, H, W), with their captions beneath."""
     side = _tile(pictures[0], smallest=112)
-    lines = [_wrapped(caption, side)[:4] for caption in captions]
+    lines = [_wrapped(caption, side, 4) for caption in captions]
     height = side + GAP + LINE * max(map(len, lines))
     count = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (min(columns, len(pictures)) * (side + GAP) + GAP, count * height + GAP), "white")
@@ -127,5 +128,10 @@ def _enlarged(picture: Tensor, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(8, width // 7)) or [""]
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """At most so many lines, each no wider than `width` pixels, with as many characters as then fit."""
+    for count in range(width // 4, 1, -1):
+        lines = textwrap.wrap(text, count, max_lines=most, placeholder="…")
+        if all(FONT.getlength(line) <= width for line in lines):
+            return lines or [""]
+    return ["…"]

@@ -82,6 +82,9 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     with written(output):
         shown = _draw_pictures(output, data, images, found, curves)
     seconds["pictures"] = round(perf_counter() - begin, 1)
+    for split, of_split in {data.split: data.images, data.reference_split: data.reference}.items():
+        if count := of_split.unreadable:
+            found.warnings.append(f"of the images of {split}, {count} cannot be decoded: the next stands in for each")
     report = Report(
         model=name,
         settings=settings,

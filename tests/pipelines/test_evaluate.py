@@ -197,6 +197,14 @@ def test_one_that_was_killed_goes_on_and_counts_nothing_twice(evaluated, model, 
     assert sorted(path.name for path in (output / "drawn").iterdir()) == [f"{n:06d}.png" for n in range(8)]
 
 
+def test_images_that_cannot_be_decoded_are_told(model, data, tmp_path):
+    damaged = shutil.copytree(data, tmp_path / "data")
+    (damaged / "train" / "cat" / "0.png").write_bytes(b"\x89PNG, cut")
+    few = ["--num-images", 6, "--num-inference-steps", 1]
+    assert run("evaluate", "--model", model, "--data", damaged, "--output", tmp_path / "report", *few) == 0
+    assert "of the images of train, 1 cannot be decoded" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_two_reports_are_compared(evaluated, tmp_path, capsys):
     other = tmp_path / "second"
     other.mkdir()
@@ -211,12 +219,9 @@ def test_two_reports_are_compared(evaluated, tmp_path, capsys):
     assert line.endswith("| better |")
     assert (tmp_path / "both" / "comparison.md").read_text() == printed
     assert Image.open(tmp_path / "both" / "comparison.png").width > 50
-    (tmp_path / "file").touch()
-    compared = ["--compare", evaluated, other]
-    assert f"--output '{tmp_path / 'file'}' cannot be written" in refusal(
-        capsys, *compared, "--output", tmp_path / "file"
-    )
-    assert "--num-images is of no use" in refusal(capsys, *compared, "--num-images", 7)
+    page = tmp_path / "both" / "comparison.md"
+    assert f"--output '{page}' cannot be written" in refusal(capsys, "--compare", evaluated, other, "--output", page)
+    assert "--num-images is of no use" in refusal(capsys, "--compare", evaluated, other, "--num-images", 7)
 
 
 def test_two_models_are_evaluated_and_compared(model, data, tmp_path, capsys):

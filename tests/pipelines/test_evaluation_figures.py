@@ -6,6 +6,7 @@ import torch
 from ldm.evaluation.distances import frechet_distance
 from pipelines.evaluation.images import distance_figures, memory_figures
 from pipelines.evaluation.parts import reconstruction_distance
+from pipelines.evaluation.pictures import FONT, _wrapped
 
 SAID = {"against": "some", "network": "any", "weights": "of it", "remark": "said"}
 
@@ -37,3 +38,10 @@ def test_farther_from_training_images_than_others_lie_is_not_better():
     """A model of noise lies farthest."""
     median, ratio = memory_figures(torch.full((9,), 3.0), torch.full((9,), 2.0), 0, **SAID)
     assert (median.value, ratio.value, ratio.better) == (3.0, 1.5, "")
+
+
+@pytest.mark.parametrize("text", ["a cat", "a cat on a sofa " * 9, "A MERCEDES-BENZ W201 " * 9, "W" * 90, ""])
+def test_captions_stay_within_their_place(text):
+    lines = _wrapped(text, 112, 4)
+    assert 1 <= len(lines) <= 4 and all(FONT.getlength(line) <= 112 for line in lines)
+    assert lines == [text] if len(text) < 9 else lines[-1].endswith("…")
