@@ -159,7 +159,7 @@ def generate(arguments: argparse.Namespace) -> None:
         _draw(arguments, folder, outputs)
     finally:
         gc.enable()
-        if arguments.alone:
+        if arguments.alone and "triton" not in sys.modules:  # which tells at length of what is left when a process ends
             gc.freeze()
 
 
@@ -339,7 +339,8 @@ def _start_from(pipe, arguments: argparse.Namespace) -> tuple:
     if arguments.strength is not None:
         given["strength"] = arguments.strength
     kind = LatentDiffusionImg2ImgPipeline if arguments.mask is None else LatentDiffusionInpaintPipeline
-    redrawing = kind.from_pipe(pipe)
+    with deferred.drawing_alone() if arguments.alone else contextlib.nullcontext():
+        redrawing = kind.from_pipe(pipe)
     redrawing.set_progress_bar_config(disable=None, leave=False)
     return redrawing, given
 
