@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm import files
 from ldm.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -44,8 +45,8 @@ def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) ->
 
 
 def save(config: Any, path: Path) -> None:
-    """Writes a configuration as YAML that `load` reads back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Writes a configuration as YAML that `load` reads back to an equal one, whole or not at all."""
+    files.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

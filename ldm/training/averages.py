@@ -78,7 +78,7 @@ def update(averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> 
 def restore(saved: Saved, averages: dict[str, EMAModel], model: torch.nn.Module) -> None:
     """Puts the averages back as a checkpoint's groups of their names have them."""
     for name, average in averages.items():
-        load_ema(average, model, saved.read(name, ema_tensors(average, model).get), saved.step)
+        load_ema(average, model, saved.read(name, ema_tensors(average, model).get), saved.updates)
 
 
 def write_snapshots(folder: Path, averages: dict[str, EMAModel], model: torch.nn.Module, step: int) -> None:

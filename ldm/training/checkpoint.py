@@ -7,6 +7,7 @@ processes (`ldm.training.sharded`) are in shard-00001-….safetensors …, one f
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm import files
-from ldm.errors import RunError
+from ldm.errors import RunError, UserError
 from ldm.training import sharded
 
 Tensors = dict[str, torch.Tensor]
 ROOM_TO_SPARE = 2**20  # bytes beyond the tensors, for the rest
+NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,32 @@ class Saved:
     step: int
     state: dict[str, Any]
 
+    @property
+    def updates(self) -> int:
+        """Steps whose update fp16's scaler did not skip."""
+        return self.step - self.state.get("skipped_updates", 0)
+
     def read(self, group: str, like: sharded.Like = {}.get) -> Tensors:
         """A group of tensors. `like` gives, by name, the tensor that one is for: where that is divided among processes,
-        so is what is read."""
-        if sharded.is_written(self.path):
-            return sharded.read(self.path, group, like)
-        return sharded.divided(load_file(self.path / f"{group}.safetensors"), like)
+        so is what is read.
+
+        Raises:
+            UserError: there is no such group.
+        """
+        try:
+            if sharded.is_written(self.path):
+                return sharded.read(self.path, group, like)
+            return sharded.divided(load_file(self.path / f"{group}.safetensors"), like)
+        except FileNotFoundError:
+            raise UserError(
+                f"--resume {self.path}: holds no {group}, which the run had no use for when it was saved; give what "
+                "resume.allow names as it was"
+            ) from None
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN, reads it back, and only then removes all but the newest `keep` checkpoints.
+    """Writes `folder`/step-NNNNNN, reads it back, and only then removes all but the newest `keep` up to it. Later ones,
+    damaged where a run went on from one before, stay until their step is reached.
 
     All processes of a run call this. The main one writes; where tensors are divided, each writes its part.
 
@@ -89,7 +107,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"checkpoint {final} could not be written: {reason}; earlier ones are intact: make room, or free the "
             "folder for writing, and go on with --resume"
         ) from None
-    for old in _by_age(folder)[:-keep]:
+    for old in [path for path in _by_age(folder) if _step_of(path) <= checkpoint.step][:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -147,7 +165,11 @@ def load(path: Path) -> Saved:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def _is_whole(path: Path) -> bool:

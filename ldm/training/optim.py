@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from diffusers.training_utils import EMAModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -101,11 +102,11 @@ def ema_tensors(ema: EMAModel, model: torch.nn.Module) -> dict[str, torch.Tensor
     return dict(zip(trained(model), ema.shadow_params, strict=True))
 
 
-def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Tensor], step: int) -> None:
-    """Restores what `ema_tensors` gave, after `step` steps."""
+def load_ema(ema: EMAModel, model: torch.nn.Module, tensors: dict[str, torch.Tensor], updates: int) -> None:
+    """Restores what `ema_tensors` gave, after so many calls of `update_average`."""
     for name, shadow in ema_tensors(ema, model).items():
         shadow.copy_(tensors[name])
-    ema.optimization_step = step
+    ema.optimization_step = updates
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -146,8 +147,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def load_weights(saved: Saved, group: str, model: torch.nn.Module) -> None:
+    """Restores what `weights` gave. Raises UserError where they are another network's."""
+    try:
+        model.load_state_dict(frozen(model) | saved.read(group, model.state_dict().get))
+    except RuntimeError as error:
+        _, *differences = str(error).splitlines()
+        raise UserError(
+            f"--resume {saved.path}: its {group} is another network than is configured now "
+            f"({(differences or [error])[0]!s:.150}); give what resume.allow names as it was"
+        ) from None
+
+
 def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights, averages and optimiser back as the groups `model`, `ema` and `optimizer` of `saved` have them."""
+    """Puts weights, averages and optimiser back as the groups `model`, `ema` and `optimizer` of `saved` have them.
+    Raises UserError where they do not fit."""
+    load_weights(saved, "model", model)
     parameters = _parameters(optimizer)
     tensors = saved.read("optimizer", lambda name: parameters[int(name.split(".")[0])])
     if not tensors or isinstance(optimizer, DeepSpeedOptimizerWrapper):
@@ -155,16 +170,24 @@ def restore(saved: Saved, model: torch.nn.Module, ema: EMAModel, optimizer: torc
             f"--resume {saved.path}: DeepSpeed keeps the state of its optimiser to itself, so that its runs cannot go "
             "on where they stopped; train with configs/accelerate/fsdp2.yaml"
         )
-    model.load_state_dict(frozen(model) | saved.read("model", model.state_dict().get))
-    load_ema(ema, model, saved.read("ema", ema_tensors(ema, model).get), saved.step)
+    load_ema(ema, model, saved.read("ema", ema_tensors(ema, model).get), saved.updates)
     load_optimizer(optimizer, tensors)
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, model: torch.nn.Module, largest_norm: float
+) -> torch.Tensor:
+    """`accelerator.clip_grad_norm_` where a run has two optimisers, of which that would, under fp16, unscale both: also
+    what the other one's gradients have accumulated so far."""
+    accelerator.unscale_gradients(optimizer)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
 
 
 @contextmanager
 def averaged(ema: EMAModel, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Inside, `model` has the averaged weights. Gives a network with them that the main process can call alone."""
     now, averages = sharded.local(trained(model).values()), sharded.local(ema.shadow_params)
-    kept = [weight.cpu().clone() for weight in now]
+    kept = [weight.to("cpu", copy=True) for weight in now]
     torch._foreach_copy_(now, averages)
     model.eval()
     try:

@@ -30,6 +30,8 @@ FREE_ON_RESUME = {
     *(f"training.{name}" for name in ("num_processes", "timeout_seconds")),
 }
 """Keys of which the trained weights are no function."""
+FIXED_ON_RESUME = {"training.optimizer"}
+"""Keys that resume.allow does not free: another optimiser would take the state of one parameter for another's."""
 
 
 def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Accelerator, Share, Saved | None]:
@@ -176,6 +178,12 @@ def check_unchanged(config: RunConfig, stored: Path) -> None:
     if not stored.is_file():
         return
     changed = configuration.differences(configuration.load(type(config), stored), config)
+    for name in FIXED_ON_RESUME & changed.keys():
+        before, after = changed[name]
+        raise UserError(
+            f"--resume: {name} was {before}, is {after}, which no checkpoint bears; give it as it was, or begin "
+            "another run"
+        )
     refused = {name: values for name, values in changed.items() if name not in {*FREE_ON_RESUME, *config.resume.allow}}
     if refused:
         told = "; ".join(f"{name} was {before}, is {after}" for name, (before, after) in refused.items())

@@ -152,7 +152,11 @@ def is_written(folder: Path) -> bool:
 
 
 def read(folder: Path, group: str, like: Like) -> dict[str, torch.Tensor]:
-    """A group of tensors that `write` wrote, each divided as what `like` gives for its name is, else whole."""
+    """A group of tensors that `write` wrote, each divided as what `like` gives for its name is, else whole.
+
+    Raises:
+        FileNotFoundError: it wrote no such group.
+    """
     reader = HuggingFaceStorageReader(str(folder))
     found = {}
     for key, entry in reader.read_metadata().state_dict_metadata.items():
@@ -164,6 +168,8 @@ def read(folder: Path, group: str, like: Like) -> dict[str, torch.Tensor]:
             found[key] = torch.empty_like(model, dtype=entry.properties.dtype, requires_grad=False)
         else:
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    if not found:
+        raise FileNotFoundError(group)
     distributed_checkpoint.load(found, storage_reader=reader, no_dist=True)
     return {key.removeprefix(f"{group}/"): value for key, value in found.items()}
 

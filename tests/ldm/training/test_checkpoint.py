@@ -37,6 +37,24 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step-1000000"
 
 
+def test_a_later_damaged_one_does_not_crowd_out_what_is_written(tmp_path, capsys):
+    checkpoint.save(tmp_path, make(10), keep=1)
+    later = checkpoint.save(tmp_path, make(20), keep=2)
+    (later / "model.safetensors").unlink()
+    assert checkpoint.newest(tmp_path).name == "step-000010"
+    checkpoint.save(tmp_path, make(15), keep=1)
+    assert checkpoint.newest(tmp_path).name == "step-000015"
+    checkpoint.save(tmp_path, make(25), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000025"]
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    (tmp_path / "step-000005-before-the-accident").mkdir()
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.save(tmp_path, make(7), keep=1)
+    assert checkpoint.newest(tmp_path).name == "step-000007" and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, capsys, damage):
     checkpoint.save(tmp_path, make(1), keep=3)
