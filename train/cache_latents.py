@@ -47,7 +47,7 @@ NAMED = 20  # skipped images in the last line
 WAIT = 86_400  # seconds: a process may have many more images to decode than another
 
 
-@failure.in_words
+@failure.in_words(less_memory="a smaller batch_size", go_on="what is encoded is kept: run this again, which goes on")
 @torch.no_grad()
 def main() -> None:
     arguments = parse_training_arguments(__doc__)

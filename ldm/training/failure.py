@@ -1,6 +1,7 @@
 """Runs that go wrong: numbers that are not finite stop every process before the update, lost processes are told in
 words."""
 
+import errno
 import functools
 import json
 import re
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +23,13 @@ from ldm.errors import RunError, Stopped
 from ldm.training.checkpoint import Saved
 
 MOST_NAMED = 8  # samples in the message; failure.json has all
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""A disk that is full, or a quota; that takes no files so large; that has become read-only."""
+LESS_MEMORY = (
+    "training.find_micro_batch=true, training.gradient_checkpointing=true, or more "
+    "training.gradient_accumulation_steps, with resume.allow naming it"
+)
+GO_ON = "the last checkpoint is intact: go on with --resume"
 
 
 @dataclass(frozen=True)
@@ -140,9 +149,11 @@ class Guard:
         )
 
 
-def in_words(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a script's `main`: where memory runs out, or another process of the run is lost, RunError says so in
-    one line."""
+def in_words(main: Callable[[], None] | None = None, *, less_memory: str = LESS_MEMORY, go_on: str = GO_ON) -> Callable:
+    """Decorates a script's `main`: where memory runs out, the disk does, or another process of the run is lost,
+    RunError says so in one line, with what the script has against it."""
+    if main is None:
+        return functools.partial(in_words, less_memory=less_memory, go_on=go_on)
 
     @functools.wraps(main)
     def told(*arguments: Any) -> None:
@@ -150,26 +161,34 @@ def in_words(main: Callable[[], None]) -> Callable[[], None]:
             main(*arguments)
         except (RunError, Stopped):
             raise
+        except (OSError, SafetensorError) as error:
+            if not _is_of_disks(error):
+                raise
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RunError(f"the run's files cannot be written: {reason}; make room; {go_on}") from None
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise RunError(
-                    f"memory ran out ({str(error).splitlines()[0][:120]}); checkpoints are intact: set "
-                    "training.find_micro_batch=true, training.gradient_checkpointing=true, or more "
-                    "training.gradient_accumulation_steps, with resume.allow naming it, and go on with --resume"
+                    f"memory ran out ({str(error).splitlines()[0][:120]}); set {less_memory}; {go_on}"
                 ) from None
             if not _is_of_processes(error):
                 raise
             if re.search("time(d )?out", str(error), re.IGNORECASE):
                 raise RunError(
-                    "another process of this run has not answered for training.timeout_seconds, and this one ends; the "
-                    "last checkpoint is intact: go on with --resume"
+                    "another process of this run has not answered for training.timeout_seconds, and this one ends; "
+                    f"{go_on}"
                 ) from None
-            raise RunError(
-                "another process of this run has ended, and this one with it; the last checkpoint is intact: go on "
-                "with --resume"
-            ) from None
+            raise RunError(f"another process of this run has ended, and this one with it; {go_on}") from None
 
     return told
+
+
+def _is_of_disks(error: OSError | SafetensorError) -> bool:
+    """Safetensors tells of the system's errors in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in OF_DISKS
+    number = re.search(r"os error (\d+)", str(error))
+    return number is not None and int(number[1]) in OF_DISKS
 
 
 def _is_of_processes(error: RuntimeError) -> bool:

@@ -2,12 +2,15 @@
 
 import json
 import math
+import resource
+import signal
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 
 from ldm.config import TrainingConfig
 from ldm.errors import RunError
@@ -117,6 +120,30 @@ def test_an_overflow_in_half_precision_is_skipped_and_counted(accelerator, tmp_p
     assert accelerator.scaler.get_scale() == 32768.0 and resumed.metrics() == {"skipped_updates": 1}
 
 
+def test_the_average_of_a_run_with_skipped_updates_goes_on_where_it_was(tmp_path):
+    """Its warm-up counts updates, not steps."""
+    layer = torch.nn.Linear(2, 1)
+    ema, again = (optim.moving_average(layer, 0.999) for _ in range(2))
+    for _ in range(5):
+        optim.update_average(ema, layer)
+    saved = Saved(tmp_path, 7, {"skipped_updates": 2})
+    optim.load_ema(again, layer, optim.ema_tensors(ema, layer), saved.updates)
+    assert again.get_decay(again.optimization_step + 1) == ema.get_decay(ema.optimization_step + 1)
+
+
+def test_half_precision_unscales_the_gradients_of_one_optimiser_alone(accelerator):
+    """As of a discriminator, whose gradients are still being accumulated when the other network's are clipped."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    layers = [torch.nn.Linear(3, 1) for _ in range(2)]
+    optimizers = [accelerator.prepare(optim.build(layer, TrainingConfig())) for layer in layers]
+    for layer in layers:
+        accelerator.backward(layer(torch.ones(1, 3)).sum())
+    norm = optim.clip_gradients(accelerator, optimizers[0], layers[0], 10.0)
+    assert norm == pytest.approx(2.0)
+    assert layers[0].bias.grad == 1 and layers[1].bias.grad == 1024
+
+
 def test_no_scale_helps_a_gradient_that_is_never_finite(accelerator, tmp_path):
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
     guard = Run(accelerator, tmp_path).guard
@@ -138,6 +165,29 @@ def test_a_lost_process_is_told_in_words():
             loses(text)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         loses("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_full_disk_is_told_in_words(tmp_path):
+    """The system refuses files of more than 100 bytes, as it would refuse any on a full disk."""
+
+    @failure.in_words(go_on="run this again")
+    def fills(write):
+        write()
+
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for write in (
+            lambda: (tmp_path / "metrics.jsonl").write_text("x" * 1000),
+            lambda: save_file({"x": torch.zeros(1000)}, tmp_path / "x.safetensors"),
+        ):
+            with pytest.raises(RunError, match=r"files cannot be written: .*File too large.*; make room; run this"):
+                fills(write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, action)
+    with pytest.raises(FileNotFoundError):
+        fills((tmp_path / "absent" / "x").read_text)
 
 
 def test_memory_that_runs_out_is_told_in_words():
