@@ -4,13 +4,13 @@ second."""
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ldm import configuration
@@ -32,6 +32,11 @@ from ldm.training.randomness import generator
 GRID_IMAGES = 64
 VALIDATION_IMAGES = 256
 VALIDATION_TIMESTEPS = 10
+FIRST_LAMBDA = -2.0
+"""λ = log(√ᾱ / √(1 - ᾱ)) with which drawing begins where ε is predicted: x̂₀ = (x_t - √(1 - ᾱ) ε̂) / √ᾱ magnifies the
+errors of ε̂ by e^-λ, which is 20,000 at the last timestep of the cosine schedule. In the table of ablations (200
+pictures, 10 steps) the Fréchet distance of ε is 366 from there on, 338 from Diffusers' -5.1, 229 from -2, and 239 from
+-1.5; what -2 costs a network that is good at noise is little: v, drawn from t = 900, goes from 236 to 249."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,12 @@ def schedule_settings(config: LdmConfig) -> dict[str, Any]:
     if config.zero_terminal_snr:  # sampling must then start at the very last timestep
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return settings
+
+
+def solver(config: LdmConfig) -> DPMSolverMultistepScheduler:
+    """What a U-Net for latents is drawn with, from the last timestep on, or with `epsilon` from FIRST_LAMBDA on."""
+    least = FIRST_LAMBDA if config.prediction_type == "epsilon" else -inf
+    return DPMSolverMultistepScheduler(**schedule_settings(config), lambda_min_clipped=least)
 
 
 def in_pixel_space(config: LdmConfig, share: Share) -> Task:

@@ -10,7 +10,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from ldm.config import LdmConfig
 from ldm.diffusion.schedule import alphas_bar
+from ldm.training import task
 from pipelines.cli import main as ldm_command
 
 CHECKPOINT = "checkpoints/step-000004"
@@ -95,6 +97,25 @@ def test_zero_terminal_snr_trains_what_its_scheduler_samples(train):
     torch.testing.assert_close(plain.alphas_cumprod, alphas_bar("squaredcos_cap_v2", 1000).float())
 
 
+@pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
+def test_epsilon_is_drawn_from_where_it_says_something_of_the_image(beta_schedule):
+    config = LdmConfig(output_dir="", prediction_type="epsilon", beta_schedule=beta_schedule)
+    scheduler = task.solver(config)
+    for steps in (1, 10, 50):
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps
+        assert scheduler.lambda_t[scheduler.timesteps[0]] == pytest.approx(task.FIRST_LAMBDA, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_all_else_is_drawn_from_the_last_timestep(prediction_type):
+    config = LdmConfig(output_dir="", prediction_type=prediction_type)
+    scheduler = task.solver(config)
+    assert scheduler.to_json_string() == DPMSolverMultistepScheduler(**task.schedule_settings(config)).to_json_string()
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999
+
+
 def test_validation_loss_at_fixed_timesteps(train, runs):
     options = [f"validation_cache={runs / 'cache'}", "training.sample_every=2"]
     run = train("validated", *options)
@@ -125,7 +146,7 @@ def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train)
     ("option", "words"),
     [
         ("zero_terminal_snr=true prediction_type=epsilon", "must be false with prediction_type=epsilon"),
-        ("average_lengths=[0.5]", "average_lengths must be each in (0, 0.28]"),
+        ("average_lengths=[0.5]", "average_lengths must be different thousandths, each in [0.001, 0.28]"),
         ("validation_split=test", "validation_split must be null unless autoencoder is none"),
         ("validation_cache=absent", "cache absent: no such folder"),
         ("training.optimizer=adam", "training.optimizer must be one of adamw, adamw_8bit, muon"),
