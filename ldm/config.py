@@ -9,6 +9,9 @@ from typing import Any
 
 from ldm.errors import choose, require
 
+NOISE_LEVELS = 1000
+"""To which image embeddings can be noised, however many timesteps the latents have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -86,6 +89,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """β₁ and β₂ of Adam."""
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
@@ -119,6 +123,10 @@ class TrainingConfig:
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         for name in ("checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        for name in ("warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), ">= 0")
+        require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas,
+                 "two numbers in [0, 1)")  # fmt: skip
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
         require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
         require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
@@ -186,6 +194,13 @@ class AutoencoderConfig(RunConfig):
             self.perceptual_weight,
             "0 unless perceptual_clip names a run of train_clip.py",
         )
+        for name in ("discriminator_channels", "statistics_images"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        is_kl = self.kind == "kl"
+        for name in ("perceptual_weight", "adversarial_weight"):
+            require(is_kl or not getattr(self, name), name, getattr(self, name), f"0 with kind={self.kind}")
+        require(not is_kl or not self.greyscale, "greyscale", self.greyscale, "false with kind=kl")
+        require(not is_kl or self.test_split is None, "test_split", self.test_split, "null with kind=kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +287,9 @@ class LdmConfig(RunConfig):
     """Arguments of diffusers' UNet2DConditionModel, or in pixel space its UNet2DModel, less those that follow from the
     data and the other stages."""
     prediction_type: str = "v_prediction"
-    """`v_prediction`, `epsilon` or `sample`."""
+    """`v_prediction`, `epsilon` or `sample`. What predicts ε says little of an image where there is hardly anything but
+    noise, so that its latents are drawn from a somewhat earlier timestep on (`ldm.training.task.FIRST_LAMBDA`), by
+    DPMSolverMultistepScheduler alone: other schedulers do not know of it."""
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000
@@ -349,7 +366,9 @@ class LdmConfig(RunConfig):
              "null in pixel space, which reads images; set validation_split"),
             (in_pixels or lora or self.validation_split is None, "validation_split",
              "null unless autoencoder is none; set validation_cache"),
-            (all(0 < length <= 0.28 for length in self.average_lengths), "average_lengths", "each in (0, 0.28]"),
+            (all(0.001 <= length <= 0.28 for length in self.average_lengths)
+             and len({f"{length:.3f}" for length in self.average_lengths}) == len(self.average_lengths),
+             "average_lengths", "different thousandths, each in [0.001, 0.28]"),
             (self.snapshot_every > 0, "snapshot_every", "> 0"),
             (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
             (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
@@ -375,8 +394,8 @@ class LdmConfig(RunConfig):
             (0 <= self.image_embedding_dropout <= 1, "image_embedding_dropout", "in [0, 1]"),
             (0 <= self.joint_dropout <= least_dropout, "joint_dropout",
              "at most caption_dropout and image_embedding_dropout"),
-            (0 <= self.max_noise_level < self.num_train_timesteps, "max_noise_level",
-             f"in [0, {self.num_train_timesteps})"),
+            (self.num_train_timesteps > 0, "num_train_timesteps", "> 0"),
+            (0 <= self.max_noise_level < NOISE_LEVELS, "max_noise_level", f"in [0, {NOISE_LEVELS})"),
         ):  # fmt: skip
             require(holds, name, getattr(self, name), allowed)
 

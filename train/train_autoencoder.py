@@ -82,8 +82,9 @@ def main() -> None:
         clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
         perceptual = PerceptualDistance(export.load(clip_folder)).to(accelerator.device)
     if training.find_micro_batch:
+        before = None if "training.find_micro_batch" in config.resume.allow else resumed
         share = memory.fitting_share(
-            accelerator, share, model, partial(try_step, config, accelerator, model, perceptual, noise_shape), resumed
+            accelerator, share, model, partial(try_step, config, accelerator, model, perceptual, noise_shape), before
         )
     optimizer = optim.build(model, training)
     discriminator_optimizer = optim.build(discriminator, training)
@@ -96,7 +97,7 @@ def main() -> None:
     if resumed is not None:
         first_step = resumed.step
         optim.restore(resumed, autoencoder, ema, optimizer)
-        accelerator.unwrap_model(discriminator).load_state_dict(resumed.read("discriminator"))
+        optim.load_weights(resumed, "discriminator", accelerator.unwrap_model(discriminator))
         optim.load_optimizer(discriminator_optimizer, resumed.read("discriminator_optimizer"))
 
     # Data: a pure function of the step
@@ -108,7 +109,7 @@ def main() -> None:
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
-        seed_dropout(config.seed, step, share.rank)
+        seed_dropout(config.seed, step, share.number(accumulation_step))
         rate = optim.set_learning_rate(optimizer, step, training)
         optim.set_learning_rate(discriminator_optimizer, step, training)
         x = batch["images"].to(accelerator.device, memory_format=torch.channels_last)
@@ -139,7 +140,7 @@ def main() -> None:
             accelerator.backward(loss)
             guard.saw(loss, batch["indices"])
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                norm = optim.clip_gradients(accelerator, optimizer, model, training.max_grad_norm)
                 guard.check(norm, step=step + 1, learning_rate=rate)
             optimizer.step()
             optimizer.zero_grad()
@@ -149,7 +150,7 @@ def main() -> None:
                 judged = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
                 accelerator.backward(judged)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(discriminator.parameters(), training.max_grad_norm)
+                    optim.clip_gradients(accelerator, discriminator_optimizer, discriminator, training.max_grad_norm)
                 discriminator_optimizer.step()
                 discriminator_optimizer.zero_grad()
                 metrics["discriminator"] = judged

@@ -99,7 +99,7 @@ def main() -> None:
     token_ids: dict[str, torch.Tensor] = {}
 
     for step, batch in enumerate(loader, start=first_step):
-        seed_dropout(config.seed, step, share.rank)
+        seed_dropout(config.seed, step, share.number(0))
         rate = optim.set_learning_rate(optimizer, step, training)
         if len(token_ids) > TOKENIZER_CAPTIONS:  # streams bring new captions without end
             token_ids.clear()

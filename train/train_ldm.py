@@ -22,7 +22,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     PriorTransformer,
     UNet2DConditionModel,
 )
@@ -34,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from ldm import configuration
 from ldm.clip import export
-from ldm.config import LdmConfig
+from ldm.config import NOISE_LEVELS, LdmConfig
 from ldm.data.batches import data_state, micro_batches
 from ldm.data.latents import CachedLatents
 from ldm.data.order import Share
@@ -59,7 +58,7 @@ from ldm.training.task import (
     Task,
     configured_alpha_bar,
     in_pixel_space,
-    schedule_settings,
+    solver,
     try_step,
     validation_losses,
 )
@@ -89,7 +88,8 @@ def main() -> None:
     unet = task.unet.to(memory_format=torch.channels_last)
     run.ready(unet, training, accelerator)
     if training.find_micro_batch:
-        share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), resumed)
+        before = None if "training.find_micro_batch" in config.resume.allow else resumed
+        share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), before)
     optimizer = optim.build(unet, training)
     alpha_bar = task.alpha_bar.to(accelerator.device)
     history = importance.empty_history(config.num_train_timesteps)
@@ -121,7 +121,7 @@ def main() -> None:
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
-        seed_dropout(config.seed, step, share.rank)
+        seed_dropout(config.seed, step, share.number(accumulation_step))
         rate = optim.set_learning_rate(optimizer, step, training)
         batch = task.encoded(batch)
 
@@ -265,11 +265,11 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
 
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net
     mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
-    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", 1000).to(device)
+    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device)
     no_caption_states = data.no_text()["hidden_states"].to(device)
     parts = {
-        "scheduler": DPMSolverMultistepScheduler(**schedule_settings(config)),
-        "image_noising_scheduler": DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2"),
+        "scheduler": solver(config),
+        "image_noising_scheduler": DDPMScheduler(num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2"),
         "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim),
     }
     parts["image_normalizer"].mean.data.copy_(mean[None])

@@ -95,7 +95,7 @@ def main() -> None:
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
-        seed_dropout(config.seed, step, share.rank)
+        seed_dropout(config.seed, step, share.number(accumulation_step))
         rate = optim.set_learning_rate(optimizer, step, training)
 
         # Noise, timesteps and dropped captions: drawn for the global batch, of which this process takes its part

@@ -39,9 +39,13 @@ class Share:
         """For a checkpoint."""
         return {"accumulation": self.accumulation, "num_processes": self.num_processes}
 
+    def number(self, accumulation_step: int) -> int:
+        """Of this process's micro-batch in the global batch."""
+        return accumulation_step * self.num_processes + self.rank
+
     def slice(self, accumulation_step: int) -> slice:
         """Places of this process's micro-batch in the global batch."""
-        first = (accumulation_step * self.num_processes + self.rank) * self.micro_batch_size
+        first = self.number(accumulation_step) * self.micro_batch_size
         return slice(first, first + self.micro_batch_size)
 
 

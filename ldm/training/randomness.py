@@ -20,6 +20,7 @@ def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(key(seed, purpose, *keys))
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Fixes what only the global generators can: dropout inside the networks, in this step and process."""
-    torch.manual_seed(key(seed, "dropout", step, rank))
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Fixes what only the global generators can: dropout inside the networks, in this step and micro-batch. Its number
+    in the global batch (`Share.number`) tells it from those of other processes and accumulation steps."""
+    torch.manual_seed(key(seed, "dropout", step, micro_batch))

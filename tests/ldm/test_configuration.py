@@ -48,6 +48,13 @@ def test_save_and_load_give_an_equal_config(tmp_path):
         ("caption_dropout=1.5", ["caption_dropout", "1.5"]),
         ("joint_dropout=0.5", ["joint_dropout", "0.5"]),
         ("max_noise_level=1000", ["max_noise_level", "1000"]),
+        ("num_train_timesteps=0", ["num_train_timesteps", "> 0"]),
+        ("training.warmup_steps=-5", ["training.warmup_steps", ">= 0", "-5"]),
+        ("training.weight_decay=-0.1", ["training.weight_decay", ">= 0"]),
+        ("training.betas=[0.9]", ["training.betas", "two numbers in [0, 1)", "[0.9]"]),
+        ("training.betas=[0.9,1.5]", ["training.betas", "1.5"]),
+        ("average_lengths=[0.0001]", ["average_lengths", "[0.001, 0.28]"]),
+        ("average_lengths=[0.05,0.0502]", ["average_lengths", "different thousandths"]),
         ("prior=null", ["sample_prompts", "train_prior.py"]),
         ("training.max_steps", ["key=value"]),
     ],
@@ -57,6 +64,26 @@ def test_mistakes_are_one_line_that_names_them(override, words):
         configuration.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", [override])
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_noise_on_image_embeddings_has_levels_of_its_own():
+    few = ["num_train_timesteps=10", "max_noise_level=999"]
+    assert configuration.load(LdmConfig, ROOT / "configs/shapes/ldm.yaml", few).max_noise_level == 999
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "allowed"),
+    [
+        ("digits/plain", "adversarial_weight=0.5", "0 with kind=plain"),
+        ("shapes/autoencoder", "greyscale=true", "false with kind=kl"),
+        ("shapes/autoencoder", "test_split=test", "null with kind=kl"),
+        ("shapes/autoencoder", "discriminator_channels=0", "> 0"),
+        ("shapes/autoencoder", "statistics_images=-1", "> 0"),
+    ],
+)
+def test_options_of_autoencoders_that_would_do_nothing_or_harm(name, override, allowed):
+    with pytest.raises(UserError, match=f"{override.split('=')[0]} must be {allowed}, got "):
+        configuration.load(AutoencoderConfig, ROOT / f"configs/{name}.yaml", [override])
 
 
 def test_a_missing_file_and_a_missing_key(tmp_path):

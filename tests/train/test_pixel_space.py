@@ -90,6 +90,33 @@ def test_resumed_run_equals_the_uninterrupted_one(digits, run_script, tmp_path, 
     assert all(value.isfinite().float().mean() > 0.9 for value in kept.values())
 
 
+@pytest.mark.parametrize(
+    ("changed", "allowed", "said"),
+    [
+        ("average_lengths=[0.1]", "average_lengths", "holds no average-0.100"),
+        ("class_conditional=true", "class_conditional", 'another network .*Missing key.*"class_embedding.weight"'),
+        ("training.optimizer=muon", "training.optimizer", "training.optimizer was adamw, is muon"),
+    ],
+)
+def test_changes_that_no_checkpoint_bears_are_one_line(digits, fails, tmp_path, changed, allowed, said):
+    shutil.copytree(digits / "simple", tmp_path / "run")
+    line = fails("ldm", arguments(tmp_path / "run", changed, f"resume.allow=[{allowed}]", "--resume"))
+    assert re.search(said, line), line
+
+
+def test_a_resumed_run_may_search_its_micro_batch_anew(digits, run_script, tmp_path):
+    """What is told of when memory runs out: else the checkpoint's number of accumulation steps stays."""
+    shutil.copytree(digits / "simple", tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "step-000012" / "state.json"
+    for option, accumulation in (("gradient_accumulation_steps=2", 2), ("find_micro_batch=true", 1)):
+        name = option.split("=")[0]
+        shutil.rmtree(state.parent)
+        further = [f"training.{option}", "training.sample_every=100"]
+        further.append(f"resume.allow=[training.{name},training.gradient_accumulation_steps]")
+        assert run_script("ldm", arguments(tmp_path / "run", *further, "--resume")) == 0
+        assert json.loads(state.read_text())["accumulation"] == accumulation
+
+
 def test_the_bound_of_latents(runs, arguments_of, run_script, tmp_path):
     extra = ["objective=vlb", "min_snr_gamma=null", "sample_prompts=[]"]
     assert run_script("ldm", arguments_of("ldm", runs, tmp_path / "run", *extra)) == 0

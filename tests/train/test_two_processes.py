@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 SCRIPT = {"ldm": "train_ldm", "autoencoder": "train_autoencoder", "clip": "train_clip"}
 FURTHER = {
-    "ldm": ["sample_prompts=[]", "training.max_steps=20", "training.checkpoint_every=20", "training.sample_every=20"],
+    "ldm": [
+        "sample_prompts=[]",
+        "training.max_steps=20",
+        "training.checkpoint_every=20",
+        "training.sample_every=20",
+        "model.dropout=0.1",
+    ],
     "autoencoder": ["adversarial_weight=0"],
     "clip": [],
 }
