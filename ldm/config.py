@@ -28,8 +28,8 @@ class DataConfig:
     """Column with the image, or None for the only one that holds images. Of tar shards: the suffix, or None for
     whichever of jpg, png … a sample has."""
     caption_column: str | None = None
-    """Column with the caption, or None where templates write it. Of tar shards: a suffix such as txt, or a field of the
-    .json member such as json.caption; templates take both, too."""
+    """Column with the caption, which is empty where a row has none; or None where templates write it. Of tar shards: a
+    suffix such as txt, or a field of the .json member such as json.caption; templates take both, too."""
     caption_templates: list[str] = field(default_factory=list)
     """Captions over columns, such as "a photo of a {label}"; one is drawn for each sample and epoch, the first is the
     canonical one. Class labels become their names. The first stands in for one over several columns that hold the same
@@ -64,12 +64,8 @@ class DataConfig:
                  "null with data.streaming, which has no end")  # fmt: skip
         require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
         require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
-        require(
-            not self.aspect_buckets or self.image_size % self.bucket_step == 0,
-            "data.bucket_step",
-            self.bucket_step,
-            f"a divisor of data.image_size {self.image_size}",
-        )
+        require(not self.aspect_buckets or self.image_size % self.bucket_step == 0, "data.bucket_step",
+                 self.bucket_step, f"a divisor of data.image_size {self.image_size}")  # fmt: skip
         require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
@@ -89,7 +85,6 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """β₁ and β₂ of Adam."""
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
@@ -119,21 +114,18 @@ class TrainingConfig:
     takes to draw samples or to write a checkpoint."""
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "sample_every"):
-            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm",
+                     "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+                     "timeout_seconds"):  # fmt: skip
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         for name in ("warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), ">= 0")
         require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "training.betas", self.betas,
                  "two numbers in [0, 1)")  # fmt: skip
-        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
-        require(self.timeout_seconds > 0, "training.timeout_seconds", self.timeout_seconds, "> 0")
         require(self.num_processes is None or self.num_processes > 0, "training.num_processes", self.num_processes,
                  "> 0 or null")  # fmt: skip
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         require(0 < self.activation_memory <= 1, "training.activation_memory", self.activation_memory, "in (0, 1]")
-        require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "> 0")
         choose("training.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         choose("training.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         choose("training.learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
@@ -188,19 +180,13 @@ class AutoencoderConfig(RunConfig):
         choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        require(
-            self.perceptual_weight == 0 or self.perceptual_clip is not None,
-            "perceptual_weight",
-            self.perceptual_weight,
-            "0 unless perceptual_clip names a run of train_clip.py",
-        )
+        require(self.perceptual_weight == 0 or self.perceptual_clip is not None, "perceptual_weight",
+                 self.perceptual_weight, "0 unless perceptual_clip names a run of train_clip.py")  # fmt: skip
         for name in ("discriminator_channels", "statistics_images"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        is_kl = self.kind == "kl"
-        for name in ("perceptual_weight", "adversarial_weight"):
-            require(is_kl or not getattr(self, name), name, getattr(self, name), f"0 with kind={self.kind}")
-        require(not is_kl or not self.greyscale, "greyscale", self.greyscale, "false with kind=kl")
-        require(not is_kl or self.test_split is None, "test_split", self.test_split, "null with kind=kl")
+        for name, unused in (("greyscale", False), ("test_split", None)) if self.kind == "kl" else (
+            ("perceptual_weight", 0), ("adversarial_weight", 0)):  # fmt: skip
+            require(getattr(self, name) == unused, name, getattr(self, name), f"left out with kind={self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +273,8 @@ class LdmConfig(RunConfig):
     """Arguments of diffusers' UNet2DConditionModel, or in pixel space its UNet2DModel, less those that follow from the
     data and the other stages."""
     prediction_type: str = "v_prediction"
-    """`v_prediction`, `epsilon` or `sample`. What predicts ε says little of an image where there is hardly anything but
-    noise, so that its latents are drawn from a somewhat earlier timestep on (`ldm.training.task.FIRST_LAMBDA`), by
-    DPMSolverMultistepScheduler alone: other schedulers do not know of it."""
+    """`v_prediction`, `epsilon` or `sample`. ε says little of an image in hardly anything but noise: its latents are
+    drawn from `ldm.training.task.FIRST_LAMBDA` on, which DPMSolverMultistepScheduler alone knows of."""
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, fields
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def micro_batches(
 
     Raises:
         UserError: a stream was read by another number of processes, or from another number of shards; a cache held
-            something else.
+            something else; `config.data` says how images are to be read, and a cache is.
     """
     first_step, workers = 0 if resumed is None else resumed.step, config.data.num_workers
     stream = data.images if isinstance(data, Pixels) else data
@@ -50,6 +50,8 @@ def micro_batches(
         loader = DataLoader(reader, batch_size=None, num_workers=min(workers, 1), collate_fn=collate)
     else:
         _check_cache(data, config, resumed)
+        if isinstance(data, CachedLatents) and resumed is None:
+            _check_unread(config.data)
         buckets = data.buckets if isinstance(data, CachedLatents) else None
         if buckets is not None and (count := never_seen(buckets, share.batch_size)) and share.rank == 0:
             tqdm.write(
@@ -95,6 +97,17 @@ def _check_cache(data: object, config: RunConfig, resumed: Saved | None) -> None
             f"--resume: cache {data.folder} no longer holds what it held when step {resumed.step} was saved; write it "
             "as it was, or allow the change with resume.allow=[cache]"
         )
+
+
+def _check_unread(config: DataConfig) -> None:
+    """Raises UserError where a section that is not read says anything."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name != "num_workers" and value != getattr(DataConfig(), item.name):
+            raise UserError(
+                f"data.{item.name} {value}: this stage reads no images but their cache; set it where cache_latents.py "
+                "writes that"
+            )
 
 
 def _position(stream: CaptionedStream, share: Share, resumed: Saved | None) -> Position:

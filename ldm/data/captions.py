@@ -2,6 +2,7 @@
 `ldm.data.shapes`."""
 
 import glob
+import mmap
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.data import shapes, tars
-from ldm.data.columns import caption_columns, make_captions, words
+from ldm.data.columns import as_text, caption_columns, make_captions, words
 from ldm.data.decode import open_picture, to_square
 from ldm.errors import RunError, UserError
 from ldm.training import randomness
@@ -43,8 +44,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.config, self.seed, self.length = config, seed, length
         self._read_image, self._read_captions = read_image, read_captions
         pixels = 3 * config.image_size**2
-        self._pixels = np.zeros((length, pixels), np.uint8) if length * pixels <= _MEMORY_LIMIT else None
-        self._is_read = np.zeros(length, bool)
+        self._pixels = _shared(length * pixels).reshape(length, pixels) if length * pixels <= _MEMORY_LIMIT else None
+        self._is_read = _shared(length)
         self._unreadable: set[int] = set()
 
     buckets = None
@@ -91,7 +92,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         if self._pixels is not None:
             self._pixels[index] = values.reshape(-1)
-            self._is_read[index] = True
+            self._is_read[index] = 1  # last: another process may look
         return values
 
     def decoded(self, index: int) -> np.ndarray | None:
@@ -135,6 +136,11 @@ class CaptionedImages(torch.utils.data.Dataset):
             "captions": captions,
             "indices": torch.tensor(indices),
         }
+
+
+def _shared(count: int) -> np.ndarray:
+    """Zeros (count,) uint8 in memory that data workers have in common, so that they decode an image once, not each."""
+    return np.frombuffer(mmap.mmap(-1, count), np.uint8)
 
 
 def as_is(batch: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: s
     needed = caption_columns(config, table.column_names, image_column)
     if config.caption_column is not None:
         captions = table[config.caption_column]
-        return lambda index: [str(captions[index])]
+        return lambda index: [as_text(captions[index])]
     kinds = table.features  # which are copied each time they are asked for
     values = {name: [words(config, kinds[name], name, value) for value in table[name][:]] for name in needed}
     return lambda index: make_captions(config, {name: column[index] for name, column in values.items()})
@@ -254,9 +260,17 @@ def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedIm
         config,
         seed,
         lambda index: open_picture(str(paths[index])),
-        lambda index: [paths[index].with_suffix(".txt").read_text().strip()],
+        lambda index: [_caption_in(paths[index].with_suffix(".txt"))],
         len(paths),
     )
+
+
+def _caption_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UserError(f"data.source: caption {path} cannot be read: {reason}; mend it, or remove its image") from None
 
 
 def _open_shapes(config: DataConfig, seed: int) -> CaptionedImages:

@@ -121,6 +121,8 @@ def _unreadable(data: CaptionedImages) -> Iterator[str]:
 def _too_long(data: CaptionedImages) -> Iterator[str]:
     tokenizer = clip_tokenizer(CONTEXT_LENGTH)
     captions = list(dict.fromkeys(caption for index in range(len(data)) for caption in data.captions(index)))
+    if without := sum(not data.captions(index)[0] for index in range(len(data))):
+        yield f"{without:,} images have an empty caption, which stands for none"
     lengths = [len(ids) for ids in tokenizer(captions).input_ids]
     cut = sum(length > CONTEXT_LENGTH for length in lengths)
     yield (

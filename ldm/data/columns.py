@@ -61,11 +61,16 @@ def is_bare_number(feature: object) -> bool:
     return not isinstance(feature, ClassLabel) and str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
 
 
+def as_text(value: object) -> str:
+    """A value of a column; where there is none, the empty text."""
+    return "" if value is None else str(value)
+
+
 def words(config: DataConfig, feature: object, column: str, value: object) -> str:
     """A value as words: class labels become their names, of the data set or `label_names`."""
     names = feature.names if isinstance(feature, ClassLabel) else config.label_names
     if not names or not isinstance(value, int):
-        return str(value)
+        return as_text(value)
     if not 0 <= value < len(names):
         raise UserError(f"data.label_names has {len(names)} names, but column {column!r} holds {value}")
     return names[value]

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "configs" / "shapes"
 
-DATA = ["data.max_images=24", "training.precision=fp32"]
+FP32 = "training.precision=fp32"
+DATA = ["data.max_images=24", FP32]
 EVERY = ["training.log_every=1", "training.sample_every=4", "training.checkpoint_every=2"]
 SMALL = {
     "clip": [
@@ -44,7 +45,7 @@ SMALL = {
     ],
     "cache": ["data.max_images=24", "precision=fp32"],
     "prior": [
-        *DATA,
+        FP32,
         *EVERY,
         "model.num_attention_heads=2",
         "model.attention_head_dim=8",
@@ -53,7 +54,7 @@ SMALL = {
         "training.batch_size=8",
     ],
     "ldm": [
-        *DATA,
+        FP32,
         *EVERY,
         "model.block_out_channels=[16,32]",
         "model.attention_head_dim=2",

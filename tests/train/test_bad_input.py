@@ -82,6 +82,27 @@ def test_half_written_stage_folder(runs, arguments_of, fails, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.image_size=30", "data.image_size 30: the autoencoder halves images to a 4th"),
+        ("model.use_quant_conv=false", "model.use_quant_conv and use_post_quant_conv must be true"),
+    ],
+)
+def test_autoencoders_that_could_not_be_left(runs, arguments_of, fails, tmp_path, override, words):
+    """Told before the first step, not when the weights are to be written."""
+    assert words in fails("autoencoder", arguments_of("autoencoder", runs, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["prior", "ldm"])
+def test_data_that_are_not_read(runs, arguments_of, fails, tmp_path, stage):
+    """Both stages read a cache alone; what it holds was settled when that was written."""
+    line = fails(stage, arguments_of(stage, runs, tmp_path / "run", "data.horizontal_flip=true", "data.num_workers=1"))
+    assert "data.horizontal_flip True: this stage reads no images but their cache" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_half_written_cache(runs, arguments_of, fails, tmp_path):
     shutil.copytree(runs / "cache", tmp_path / "cache")
     (tmp_path / "cache" / "index.json").unlink()

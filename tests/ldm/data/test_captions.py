@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ldm.config import DataConfig
-from ldm.data.captions import open_images
+from ldm.data.batches import open_data
+from ldm.data.captions import as_is, open_images
+from ldm.data.check import findings
 from ldm.data.columns import fill_template, make_captions
 from ldm.data.decode import open_picture
 from ldm.errors import RunError, UserError
@@ -102,6 +105,37 @@ def test_names_for_integer_labels(parquet):
     )
     (batch,) = samples(config)
     check_colours(batch)
+
+
+def test_a_row_without_a_caption_has_the_empty_one(tmp_path):
+    """Not the word None."""
+    table = {"image": [Image.new("RGB", (8, 8))] * 2, "text": ["a cat", None]}
+    columns = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(table, features=columns).to_parquet(tmp_path / "rows.parquet")
+    config = DataConfig(source=str(tmp_path / "rows.parquet"), image_size=8, caption_column="text")
+    data = open_images(config, seed=0)
+    assert [data.captions(index) for index in (0, 1)] == [["a cat"], [""]]
+    streamed = open_data(dataclasses.replace(config, streaming=True), seed=0)
+    assert [captions for _, _, captions in streamed.in_order(0)] == [["a cat"], [""]]
+    filled = dataclasses.replace(config, caption_column=None, caption_templates=["{text}"])
+    assert open_images(filled, seed=0).captions(1) == [""]
+    assert "1 images have an empty caption, which stands for none" in findings(config.source, "train")
+
+
+def test_what_a_worker_decoded_is_decoded_for_all(pictures):
+    (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "red"}))
+    data = open_images(DataConfig(source=str(pictures), image_size=16, caption_column="text"), seed=0)
+    (batch,) = DataLoader(data, batch_sampler=[[(0, 0)]], num_workers=1, collate_fn=as_is)
+    (pictures / "red.png").unlink()
+    assert torch.equal(data.__getitems__([(1, 0)])["images"], batch["images"])
+
+
+def test_a_text_file_that_is_no_text_is_named(pictures):
+    (pictures / "bad.png").write_bytes(next(pictures.rglob("*.png")).read_bytes())
+    (pictures / "bad.txt").write_bytes("café".encode("latin-1"))
+    data = open_images(DataConfig(source=str(pictures), image_size=8), seed=0)
+    with pytest.raises(UserError, match=r"bad\.txt cannot be read: it is no text in UTF-8"):
+        [data.captions(index) for index in range(len(data))]
 
 
 @pytest.mark.parametrize(
