@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,6 +14,7 @@ from ldm import files
 from ldm.errors import UserError, nearest
 
 Config = TypeVar("Config")
+Built = TypeVar("Built")
 
 
 def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -67,6 +68,14 @@ def check_arguments(section: str, arguments: dict[str, Any], build: type) -> Non
     for name in arguments:
         if name not in known:
             raise UserError(f"unknown key '{section}.{name}'{nearest(name, known)}")
+
+
+def built(section: str, kind: Callable[..., Built], arguments: dict[str, Any]) -> Built:
+    """`kind(**arguments)`. Raises UserError where it refuses the values of that section."""
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise UserError(f"{section}: {str(error).splitlines()[0]}") from None
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:

@@ -162,11 +162,6 @@ def main() -> None:
             optim.update_average(ema, autoencoder)
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
-        if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, autoencoder):
-                if accelerator.is_main_process:
-                    pictures = reconstructions(autoencoder, data.excerpt(GRID_IMAGES), accelerator.device)
-                    tracker.pictures(done, pictures, columns=GRID_IMAGES // 2)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
@@ -183,6 +178,11 @@ def main() -> None:
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, autoencoder):
+                if accelerator.is_main_process:
+                    pictures = reconstructions(autoencoder, data.excerpt(GRID_IMAGES), accelerator.device)
+                    tracker.pictures(done, pictures, columns=GRID_IMAGES // 2)
 
     # Export: averaged weights
     if accelerator.is_main_process:
@@ -211,11 +211,20 @@ def build(config: AutoencoderConfig) -> nn.Module:
     else:
         side = config.data.image_size
         sizes = {} if config.kind == "kl" else {"image_shape": (1 if config.greyscale else 3, side, side)}
-        try:
-            autoencoder = kind(**{**sizes, **config.model})
-        except ValueError as error:
-            raise UserError(f"model: {error}") from None
-    if config.kind != "kl":
+        autoencoder = configuration.built("model", kind, {**sizes, **config.model})
+    if config.kind == "kl":
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        if config.data.image_size % factor:
+            raise UserError(
+                f"data.image_size {config.data.image_size}: the autoencoder halves images to a {factor}th; take a "
+                f"multiple of {factor}"
+            )
+        if autoencoder.quant_conv is None or autoencoder.post_quant_conv is None:
+            raise UserError(
+                "model.use_quant_conv and use_post_quant_conv must be true, also of init: those layers take the means "
+                "of the latents"
+            )
+    else:
         channels, *sides = autoencoder.image_shape
         if channels not in (1, 3) or sides != [config.data.image_size] * 2:
             raise UserError(

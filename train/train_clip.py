@@ -159,11 +159,6 @@ def main() -> None:
                 )
         else:
             tracker.step(done, learning_rate=rate, **guard.metrics())
-        if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, model):
-                if accelerator.is_main_process:
-                    pictures = retrieved(model, tokenizer, data.excerpt(GRID_AMONG), accelerator.device)
-                    tracker.pictures(done, pictures, columns=9)
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
@@ -178,6 +173,11 @@ def main() -> None:
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, model):
+                if accelerator.is_main_process:
+                    pictures = retrieved(model, tokenizer, data.excerpt(GRID_AMONG), accelerator.device)
+                    tracker.pictures(done, pictures, columns=9)
 
     # Export: averaged weights as transformers' towers
     if accelerator.is_main_process:

@@ -168,15 +168,6 @@ def main() -> None:
             optim.update_average(ema, unet)
             averages.update(power_averages, unet, done)
         tracker.step(done, learning_rate=rate, **guard.metrics())
-        if done % training.sample_every == 0 or done == training.max_steps:
-            images = None
-            with optim.averaged(ema, unet) as network:
-                if accelerator.is_main_process:
-                    images = task.samples(network)
-                    if task.validation is not None:
-                        tracker.log(done, **validation_losses(config, network, task, alpha_bar))
-            if images is not None:
-                tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
         if done % config.snapshot_every == 0 or done == training.max_steps:
             averages.write_snapshots(folder / "averages", power_averages, unet, done)
         stopped_by = interruption.requested()
@@ -196,6 +187,15 @@ def main() -> None:
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            images = None
+            with optim.averaged(ema, unet) as network:
+                if accelerator.is_main_process:
+                    images = task.samples(network)
+                    if task.validation is not None:
+                        tracker.log(done, **validation_losses(config, network, task, alpha_bar))
+            if images is not None:
+                tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
 
     # Export: averaged weights
     with optim.averaged(ema, unet) as network:
@@ -344,15 +344,14 @@ def build_unet(
 ) -> UNet2DConditionModel:
     """The U-Net of `config.model`, with the shapes that follow from the other stages."""
     arguments = {**config.model, **unet_arguments(2 * embedding_dim)} if config.size_conditioning else config.model
-    return UNet2DConditionModel(
-        **arguments,
-        sample_size=latent_shape[1],
-        in_channels=latent_shape[0],
-        out_channels=latent_shape[0],
-        cross_attention_dim=text_width,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * embedding_dim,
-    )
+    sizes = {
+        "sample_size": latent_shape[1],
+        "in_channels": latent_shape[0],
+        "out_channels": latent_shape[0],
+        "cross_attention_dim": text_width,
+        "projection_class_embeddings_input_dim": 2 * embedding_dim,
+    }
+    return configuration.built("model", UNet2DConditionModel, {**arguments, **sizes, "class_embed_type": "projection"})
 
 
 def samples(

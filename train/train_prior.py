@@ -135,9 +135,6 @@ def main() -> None:
             optim.update_average(ema, prior)
         done = step + 1
         tracker.step(done, learning_rate=rate, **guard.metrics())
-        if done % training.sample_every == 0 or done == training.max_steps:
-            with optim.averaged(ema, prior):
-                tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
         stopped_by = interruption.requested()
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
@@ -152,6 +149,9 @@ def main() -> None:
         if stopped_by:
             tracker.close()
             interruption.stop(stopped_by, done)
+        if done % training.sample_every == 0 or done == training.max_steps:
+            with optim.averaged(ema, prior):
+                tracker.log(done, **cosines(prior, scheduler, data, config.seed, accelerator.device))
 
     # Export: averaged weights
     if accelerator.is_main_process:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ldm.config import LdmConfig
 from ldm.diffusion.schedule import alphas_bar
-from ldm.training import task
+from ldm.training import randomness, task
 from pipelines.cli import main as ldm_command
 
 CHECKPOINT = "checkpoints/step-000004"
@@ -140,6 +140,18 @@ def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train)
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-4)
     assert json.loads((found / CHECKPOINT / "state.json").read_text())["accumulation"] == 1
+
+
+def test_a_step_is_saved_before_it_is_drawn(runs, arguments_of, run_script, tmp_path, monkeypatch):
+    """So that what goes wrong in drawing costs no step: here a prior that is deleted while the U-Net is trained."""
+    shutil.copytree(runs / "prior", tmp_path / "prior")
+    monkeypatch.setattr(randomness, "seed_dropout", lambda *_: shutil.rmtree(tmp_path / "prior", ignore_errors=True))
+    arguments = arguments_of("ldm", runs, tmp_path / "run", f"prior={tmp_path / 'prior'}")
+    assert run_script("ldm", arguments) == 2
+    assert (tmp_path / "run" / CHECKPOINT / "manifest.json").is_file()
+    shutil.copytree(runs / "prior", tmp_path / "prior")
+    assert run_script("ldm", [*arguments, "--resume"]) == 0
+    assert (tmp_path / "run" / UNET).is_file()
 
 
 @pytest.mark.parametrize(

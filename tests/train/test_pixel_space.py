@@ -132,6 +132,8 @@ def test_the_bound_of_latents(runs, arguments_of, run_script, tmp_path):
         (["objective=vlb", "min_snr_gamma=5"], "min_snr_gamma must be null with objective=vlb, got 5.0"),
         (["sample_prompts=[a seven]", "prior=x"], "sample_prompts must be empty in pixel space"),
         (["class_conditional=true", "data.source=shapes", "data.max_images=2000"], "at most 999 can be classes"),
+        (["model.norm_num_groups=5"], "model: num_channels .8. must be divisible by num_groups .5."),
+        (["data.image_size=7"], "data.image_size 7: the U-Net halves images to a 2th; take a multiple of 2"),
         (["model.cross_attention_dim=8"], "unknown key 'model.cross_attention_dim'"),
     ],
 )
