@@ -59,14 +59,13 @@ class DataConfig:
     """Of the longest of these sizes."""
 
     def __post_init__(self):
-        require(self.shuffle_buffer > 0, "data.shuffle_buffer", self.shuffle_buffer, "> 0")
+        for name in ("image_size", "bucket_step", "shuffle_buffer"):
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "> 0")
         require(not self.streaming or self.max_images is None, "data.max_images", self.max_images,
                  "null with data.streaming, which has no end")  # fmt: skip
-        require(self.bucket_step > 0, "data.bucket_step", self.bucket_step, "> 0")
         require(self.max_aspect_ratio >= 1, "data.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
         require(not self.aspect_buckets or self.image_size % self.bucket_step == 0, "data.bucket_step",
                  self.bucket_step, f"a divisor of data.image_size {self.image_size}")  # fmt: skip
-        require(self.image_size > 0, "data.image_size", self.image_size, "> 0")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, ">= 0")
         require(self.max_images is None or self.max_images > 0, "data.max_images", self.max_images, "> 0")
@@ -87,7 +86,7 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, warmed up; 0 keeps none and exports the raw weights."""
+    """Decay of the exponential moving average of the weights, warmed up; 0 exports the raw weights."""
     optimizer: str = "adamw"
     """`adamw`; `adamw_8bit`, bitsandbytes' with 8-bit moments; or `muon` for the matrices of linear layers in the
     network's blocks, AdamW for all else, both at the same learning rate."""
@@ -136,7 +135,7 @@ class ResumeConfig:
     """What --resume permits."""
 
     allow: list[str] = field(default_factory=list)
-    """Keys that may differ from those the run was started with, such as [training.max_steps]."""
+    """Keys that may differ from those the run began with, such as [training.max_steps]; not training.optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +177,11 @@ class AutoencoderConfig(RunConfig):
 
     def __post_init__(self):
         choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
-        for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name, least in (("kl_weight", 0), ("perceptual_weight", 0), ("adversarial_weight", 0),
+                            ("discriminator_channels", 1), ("statistics_images", 1)):  # fmt: skip
+            require(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
         require(self.perceptual_weight == 0 or self.perceptual_clip is not None, "perceptual_weight",
                  self.perceptual_weight, "0 unless perceptual_clip names a run of train_clip.py")  # fmt: skip
-        for name in ("discriminator_channels", "statistics_images"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name, unused in (("greyscale", False), ("test_split", None)) if self.kind == "kl" else (
             ("perceptual_weight", 0), ("adversarial_weight", 0)):  # fmt: skip
             require(getattr(self, name) == unused, name, getattr(self, name), f"left out with kind={self.kind}")
@@ -273,8 +271,7 @@ class LdmConfig(RunConfig):
     """Arguments of diffusers' UNet2DConditionModel, or in pixel space its UNet2DModel, less those that follow from the
     data and the other stages."""
     prediction_type: str = "v_prediction"
-    """`v_prediction`, `epsilon` or `sample`. ε says little of an image in hardly anything but noise: its latents are
-    drawn from `ldm.training.task.FIRST_LAMBDA` on, which DPMSolverMultistepScheduler alone knows of."""
+    """`v_prediction`, `epsilon`, whose latents are drawn from `ldm.training.task.FIRST_LAMBDA` on, or `sample`."""
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000
@@ -331,7 +328,6 @@ class LdmConfig(RunConfig):
         choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
         in_pixels, simple, lora = self.autoencoder == "none", self.objective == "simple", self.lora is not None
         learned, sampling = self.variance == "learned_range", self.timestep_sampling
-        least_dropout = min(self.caption_dropout, self.image_embedding_dropout)
         for holds, name, allowed in (
             (in_pixels or not learned, "variance", "fixed unless autoencoder is none: stock text-to-image pipelines "
              "know no learned variance"),
@@ -377,7 +373,7 @@ class LdmConfig(RunConfig):
             )),
             (0 <= self.caption_dropout < 1, "caption_dropout", "in [0, 1)"),
             (0 <= self.image_embedding_dropout <= 1, "image_embedding_dropout", "in [0, 1]"),
-            (0 <= self.joint_dropout <= least_dropout, "joint_dropout",
+            (0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout), "joint_dropout",
              "at most caption_dropout and image_embedding_dropout"),
             (self.num_train_timesteps > 0, "num_train_timesteps", "> 0"),
             (0 <= self.max_noise_level < NOISE_LEVELS, "max_noise_level", f"in [0, {NOISE_LEVELS})"),

@@ -107,13 +107,14 @@ def test_changes_that_no_checkpoint_bears_are_one_line(digits, fails, tmp_path, 
 def test_a_resumed_run_may_search_its_micro_batch_anew(digits, run_script, tmp_path):
     """What is told of when memory runs out: else the checkpoint's number of accumulation steps stays."""
     shutil.copytree(digits / "simple", tmp_path / "run")
-    state = tmp_path / "run" / "checkpoints" / "step-000012" / "state.json"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000012")
+    state = tmp_path / "run" / "checkpoints" / "step-000007" / "state.json"
     for option, accumulation in (("gradient_accumulation_steps=2", 2), ("find_micro_batch=true", 1)):
         name = option.split("=")[0]
-        shutil.rmtree(state.parent)
-        further = [f"training.{option}", "training.sample_every=100"]
-        further.append(f"resume.allow=[training.{name},training.gradient_accumulation_steps]")
-        assert run_script("ldm", arguments(tmp_path / "run", *further, "--resume")) == 0
+        shutil.rmtree(state.parent, ignore_errors=True)
+        allowed = f"resume.allow=[training.max_steps,training.gradient_accumulation_steps,training.{name}]"
+        further = [f"training.{option}", "training.max_steps=7", allowed, "--resume"]
+        assert run_script("ldm", arguments(tmp_path / "run", *further)) == 0
         assert json.loads(state.read_text())["accumulation"] == accumulation
 
 
