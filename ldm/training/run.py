@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from ldm import configuration, hub
@@ -55,10 +60,10 @@ def start(config: RunConfig, resume: bool, can_shard: bool = False) -> tuple[Acc
     accelerator = join_processes(config.training, can_shard)
     newest = None
     if resume:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process:  # reads all of it, which once is enough, and alone tells of damaged ones
             lock(folder, "trained")  # before a checkpoint is chosen, which a run that goes on may replace meanwhile
-        accelerator.wait_for_everyone()
-        newest = checkpoint.newest(folder / "checkpoints")
+            newest = checkpoint.newest(folder / "checkpoints")
+        (newest,) = broadcast_object_list([newest])
         if newest is None and any((folder / "checkpoints").glob("step-*")):
             raise UserError(f"--resume: {folder / 'checkpoints'} holds no whole checkpoint; start without --resume")
     share = Share(

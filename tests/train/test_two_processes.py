@@ -34,12 +34,14 @@ FSDP2 = {
 }
 
 
-def run_two(stage, arguments, **environment):
+def run_two(stage, arguments, said=None, **environment):
+    """`said`: a file for what the processes say on standard error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     subprocess.run(
         [*command, ROOT / "train" / f"{SCRIPT[stage]}.py", *arguments],
         check=True,
         timeout=300,
+        stderr=said,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
     )
 
@@ -75,7 +77,12 @@ def test_divided_weights_train_resume_and_come_together(runs, arguments_of, run_
         shutil.copytree(tmp_path / "two", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-000004")
         shutil.rmtree(tmp_path / name / "model")
-    run_two("ldm", arguments_of("ldm", runs, tmp_path / "resumed", "sample_prompts=[]", "--resume"), **FSDP2)
+    shutil.copytree(checkpoint, tmp_path / "resumed" / "checkpoints" / "step-000004")
+    (tmp_path / "resumed" / "checkpoints" / "step-000004" / shards[1]).unlink()
+    arguments = arguments_of("ldm", runs, tmp_path / "resumed", "sample_prompts=[]", "--resume")
+    with (tmp_path / "said").open("w") as file:
+        run_two("ldm", arguments, file, **FSDP2)
+    assert (tmp_path / "said").read_text().count("step-000004 is damaged") == 1
     assert run_script("ldm", arguments_of("ldm", runs, tmp_path / "alone", "sample_prompts=[]", "--resume")) == 0
 
     for shard in shards:
