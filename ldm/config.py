@@ -271,7 +271,7 @@ class LdmConfig(RunConfig):
     """Arguments of diffusers' UNet2DConditionModel, or in pixel space its UNet2DModel, less those that follow from the
     data and the other stages."""
     prediction_type: str = "v_prediction"
-    """`v_prediction`, `epsilon`, whose latents are drawn from `ldm.training.task.FIRST_LAMBDA` on, or `sample`."""
+    """`v_prediction`, `sample` or `epsilon`, which is drawn from `ldm.training.task.FIRST_LAMBDA` on."""
     beta_schedule: str = "squaredcos_cap_v2"
     """`linear`, `scaled_linear` or `squaredcos_cap_v2` (cosine)."""
     num_train_timesteps: int = 1000

@@ -97,19 +97,25 @@ def test_zero_terminal_snr_trains_what_its_scheduler_samples(train):
     torch.testing.assert_close(plain.alphas_cumprod, alphas_bar("squaredcos_cap_v2", 1000).float())
 
 
-@pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
-def test_epsilon_is_drawn_from_where_it_says_something_of_the_image(beta_schedule):
-    config = LdmConfig(output_dir="", prediction_type="epsilon", beta_schedule=beta_schedule)
-    scheduler = task.solver(config)
+def test_epsilon_is_drawn_from_where_it_says_something_of_the_image():
+    scheduler = task.solver(LdmConfig(output_dir="", prediction_type="epsilon", beta_schedule="squaredcos_cap_v2"))
     for steps in (1, 10, 50):
         scheduler.set_timesteps(steps)
         assert len(scheduler.timesteps) == steps
         assert scheduler.lambda_t[scheduler.timesteps[0]] == pytest.approx(task.FIRST_LAMBDA, abs=0.02)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_all_else_is_drawn_from_the_last_timestep(prediction_type):
-    config = LdmConfig(output_dir="", prediction_type=prediction_type)
+@pytest.mark.parametrize(
+    ("prediction_type", "beta_schedule"),
+    [
+        ("v_prediction", "squaredcos_cap_v2"),
+        ("sample", "squaredcos_cap_v2"),
+        ("epsilon", "linear"),
+        ("epsilon", "scaled_linear"),
+    ],
+)
+def test_all_else_is_drawn_from_the_last_timestep(prediction_type, beta_schedule):
+    config = LdmConfig(output_dir="", prediction_type=prediction_type, beta_schedule=beta_schedule)
     scheduler = task.solver(config)
     assert scheduler.to_json_string() == DPMSolverMultistepScheduler(**task.schedule_settings(config)).to_json_string()
     scheduler.set_timesteps(10)
