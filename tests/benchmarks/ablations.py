@@ -4,10 +4,11 @@
         [--rows base,epsilon] [--steps 400] [--images 20000] [--images-per-class 50] [key=value …]
 
 A row is trained by the scripts of `train/` from configs/cifar10, as processes, or draws otherwise with a row's U-Net.
-All draw the same captions from the same image embeddings (the prior's) and, where latents have one shape, the same
-noise, by UniPC with the settings in DRAWING; `bundled_model.judge` reads the pictures. `key=value` goes to
-every training, such as model.block_out_channels=[64,128,192] on a GPU. Run again, it goes on: what is trained is not
-trained again, what is measured is not measured again. FOLDER gets ablations.json and ablations.png.
+All draw the same captions from the same image embeddings (the prior's; a row with a CLIP of its own has a prior of its
+own, too) and, where latents have one shape, the same noise, by UniPC with the settings in DRAWING;
+`bundled_model.judge` reads the pictures. `key=value` goes to every training of a U-Net, such as
+model.block_out_channels=[64,128,192] on a GPU. Run again, it goes on: what is trained is not trained again, what is
+measured is not measured again. FOLDER gets ablations.json and ablations.png.
 """
 
 import json
@@ -36,9 +37,16 @@ from pipelines.arguments import ArgumentParser
 from pipelines.assemble import assemble
 from tests.benchmarks.bundled_model import Photographs, features_of, judge, prompt_of, read_photographs
 from tests.benchmarks.cifar10_classifier import CLASSES, load, read_split, to_unit_range
+from tests.benchmarks.image_embeddings import told_by
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"autoencoder": "train_autoencoder", "cache": "cache_latents", "ldm": "train_ldm"}
+SCRIPTS = {
+    "autoencoder": "train_autoencoder",
+    "clip": "train_clip",
+    "cache": "cache_latents",
+    "prior": "train_prior",
+    "ldm": "train_ldm",
+}
 UNET = (
     "model.block_out_channels=[32,64,96]",
     "model.norm_num_groups=16",
@@ -52,6 +60,10 @@ DOWN, UP = ("[" + ",".join([kind] * 3) + "]" for kind in ("DownEncoderBlock2D", 
 FOURTH = (f"model.down_block_types={DOWN}", f"model.up_block_types={UP}", "model.block_out_channels=[32,64,64]")
 """An autoencoder that divides sides by 4, not 2."""
 RECONSTRUCTED = 500  # test photographs
+
+CLIP_BUDGET = ("training.max_steps=150", "training.warmup_steps=25")
+PRIOR_BUDGET = ("training.max_steps=400", "training.warmup_steps=25")
+"""Of a row's own CLIP, and of the prior that goes with it."""
 
 DRAWING = {"num_inference_steps": 10, "guidance_scale": 3.0}
 PRIOR = {"num_inference_steps": 25, "guidance_scale": 2.0, "num_samples": 4}
@@ -67,6 +79,8 @@ class Row:
     """Of train_ldm.py."""
     autoencoder: tuple[str, ...] | None = None
     """Overrides of train_autoencoder.py, where the row has an autoencoder of its own."""
+    clip: tuple[str, ...] | None = None
+    """Overrides of train_clip.py, where the row has a CLIP of its own, and so a prior."""
     of: str | None = None
     """The row whose U-Net this one draws with."""
     length: float | None = None
@@ -86,6 +100,10 @@ ROWS = (
     Row("logit-normal", "logit-normal timesteps", ("timestep_sampling=logit_normal",)),
     Row("no-prior", "without the prior: text alone", ("image_embedding_dropout=1",)),
     Row("muon", "Muon", ("training.optimizer=muon",)),
+    Row("logit-normal-min-snr", "logit-normal and min-SNR", ("timestep_sampling=logit_normal", "min_snr_gamma=5")),
+    Row("logit-normal-muon", "logit-normal and Muon", ("timestep_sampling=logit_normal", "training.optimizer=muon")),
+    Row("captions-alone", "short CLIP, without SLIP's term", clip=("image_image_weight=0",)),
+    Row("slip", "short CLIP, with SLIP's term", clip=("image_image_weight=0.5",)),
     Row("4x16x16", "latents 4×16×16, short autoencoder", autoencoder=()),
     Row("4x8x8", "latents 4×8×8, short autoencoder", autoencoder=FOURTH),
     Row("8x8x8", "latents 8×8×8, short autoencoder", autoencoder=(*FOURTH, "model.latent_channels=8")),
@@ -129,15 +147,20 @@ class Ablations:
         """The runs of all four stages of a row, by the names that `assemble` knows."""
         given, own = self.given, self.output / row.name
         data = (f"data.source={Path(given.data) / 'train.parquet'}", f"data.max_images={given.images}")
-        autoencoder, shared = Path(given.autoencoder), self.output
+        autoencoder, clip, prior = Path(given.autoencoder), Path(given.clip), Path(given.prior)
+        budget = f"training.max_steps={given.steps}"
         if row.autoencoder is not None:
-            budget = f"training.max_steps={given.steps}"
-            autoencoder, shared = self.run("autoencoder", own / "autoencoder", (*data, budget, *row.autoencoder)), own
-        encoders = (f"autoencoder={autoencoder}", f"clip={given.clip}")
+            autoencoder = self.run("autoencoder", own / "autoencoder", (*data, budget, *row.autoencoder))
+        if row.clip is not None:
+            clip = self.run("clip", own / "clip", (*data, *CLIP_BUDGET, *row.clip))
+        encoders = (f"autoencoder={autoencoder}", f"clip={clip}")
+        shared = self.output if row.autoencoder is None and row.clip is None else own
         cache = self.run("cache", shared / "cache", (*data, "precision=auto", *encoders))
-        read = (*encoders, f"prior={given.prior}", f"cache={cache}", f"training.max_steps={given.steps}")
+        if row.clip is not None:
+            prior = self.run("prior", own / "prior", (f"clip={clip}", f"cache={cache}", *PRIOR_BUDGET))
+        read = (*encoders, f"prior={prior}", f"cache={cache}", budget)
         unet = self.run("ldm", own / "unet", (*read, *UNET, *given.overrides, *row.overrides))
-        return {"autoencoder": autoencoder, "clip": Path(given.clip), "prior": Path(given.prior), "unet": unet}
+        return {"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}
 
     def model(self, row: Row) -> LatentDiffusionPipeline:
         """What a row draws with."""
@@ -169,9 +192,9 @@ class Ablations:
         return Photographs(**load_file(path))
 
     @torch.no_grad()
-    def image_embeds(self, pipeline: LatentDiffusionPipeline) -> Tensor:
-        """The prior's samples (10, N, D) for every class, the same for all rows, kept."""
-        path = self.output / "embeddings.safetensors"
+    def image_embeds(self, row: Row, pipeline: LatentDiffusionPipeline) -> Tensor:
+        """The prior's samples (10, N, D) for every class, the same for all rows that share it, kept."""
+        path = (self.output if row.clip is None else self.output / row.name) / "embeddings.safetensors"
         if not path.is_file():
             number = self.given.images_per_class
             drawn = [
@@ -199,7 +222,7 @@ class Ablations:
         """(10 N, 3, 32, 32) in [-1, 1], class by class."""
         pipeline = self.model(row)
         drawn = []
-        for c, embeds in enumerate(self.image_embeds(pipeline)):
+        for c, embeds in enumerate(self.image_embeds(row, pipeline)):
             images = pipeline(
                 prompt=[prompt_of(CLASSES[c])] * len(embeds),
                 image_embeds=embeds.to(pipeline.device),
@@ -223,6 +246,8 @@ class Ablations:
         kept = {**asdict(row), "settings": self.settings, **judge(images, labels, self.photographs)}
         if row.autoencoder is not None:
             kept["reconstruction"] = self.reconstructed(row)
+        if row.clip is not None:
+            kept["image_embeddings"] = told_by(self.stages(row)["clip"], self.given.data)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(kept, indent=2) + "\n")
         return kept
@@ -275,7 +300,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with {train,test}.parquet of CIFAR-10")
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--rows", default=",".join(names), metavar="ROW,ROW", help="without it, all of them")
-    parser.add_argument("--steps", type=int, default=400, help="of every training, of autoencoders too")
+    parser.add_argument("--steps", type=int, default=400, help="of every U-Net, and of rows' own autoencoders")
     parser.add_argument("--images", type=int, default=20_000, help="so many training images")
     parser.add_argument("--images-per-class", type=int, default=50)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of every training of a U-Net")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm.errors import UserError
 from tests.benchmarks import ablations
@@ -33,12 +34,18 @@ def photographs(tmp_path):
     return folder
 
 
-def test_rows_are_trained_and_judged_once(runs, photographs, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(runs, photographs, tmp_path):
+    """Of a table in tmp_path / "table", without its rows."""
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "cache").symlink_to(runs / "cache")  # a stage that has ended is not run again
     stages = [text for stage in ("autoencoder", "clip", "prior") for text in (f"--{stage}", str(runs / stage))]
-    command = ["ablations.py", "--output", str(tmp_path / "table"), *stages, "--data", str(photographs), *SMALL,
-               "--steps=2", "--images=16", "--images-per-class=1", "--rows=base,average-0.1,guidance-1"]  # fmt: skip
+    return ["ablations.py", "--output", str(tmp_path / "table"), *stages, "--data", str(photographs), *SMALL,
+            "--steps=2", "--images=16", "--images-per-class=1"]  # fmt: skip
+
+
+def test_rows_are_trained_and_judged_once(command, tmp_path, monkeypatch, capsys):
+    command.append("--rows=base,average-0.1,guidance-1")
     monkeypatch.setattr(sys, "argv", command)
     ablations.main()
     told = capsys.readouterr().out
@@ -55,3 +62,22 @@ def test_rows_are_trained_and_judged_once(runs, photographs, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [*command, "--images-per-class=2"])
     with pytest.raises(UserError, match="choose another --output"):
         ablations.main()
+
+
+def test_a_row_with_its_own_clip_draws_with_its_own_prior(
+    command, runs, arguments_of, run_script, tmp_path, monkeypatch
+):
+    table, own = tmp_path / "table", tmp_path / "table" / "slip"
+    for row, stages in (("base", {"unet": "ldm"}), ("slip", {"clip": "clip", "cache": "cache", "unet": "ldm"})):
+        (table / row).mkdir()
+        for name, stage in stages.items():
+            (table / row / name).symlink_to(runs / stage)
+    assert run_script("prior", arguments_of("prior", runs, own / "prior", "seed=1")) == 0  # all else is the base's
+    monkeypatch.setattr(sys, "argv", [*command, "--rows=base,slip"])
+    ablations.main()
+    shared, embeddings = (load_file(folder / "embeddings.safetensors")["image_embeds"] for folder in (table, own))
+    assert shared.shape == embeddings.shape and not shared.equal(embeddings)
+    base, slip = json.loads((table / "ablations.json").read_text())
+    assert slip["frechet_distance"] != base["frechet_distance"]
+    told = slip["image_embeddings"]
+    assert 0 <= told["class_accuracy"] <= 1 and max(told.values()) <= 1 and "image_embeddings" not in base
