@@ -140,7 +140,7 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 def _shared(count: int) -> np.ndarray:
     """Zeros (count,) uint8 in memory that data workers have in common, so that they decode an image once, not each."""
-    return np.frombuffer(mmap.mmap(-1, count), np.uint8)
+    return np.frombuffer(mmap.mmap(-1, max(count, 1)), np.uint8, count)
 
 
 def as_is(batch: dict[str, Any]) -> dict[str, Any]:

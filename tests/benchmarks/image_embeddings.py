@@ -25,7 +25,7 @@ FITTED, TESTED = 10_000, 10_000  # photographs
 THUMBNAIL = 8  # pixels a side
 
 
-def told_by(clip: Path, source: str) -> dict[str, float]:
+def told_by(clip: str | Path, source: str) -> dict[str, float]:
     """Of the CLIP run `clip` and CIFAR-10 in `source`: `class_accuracy`, of a linear classifier; and `layout_r2`, the
     part of the variance of test photographs, shrunk to 8×8 pixels, that a linear map of the embedding explains, beside
     `layout_r2_of_class`, what the class alone explains. All at most 1."""
