@@ -20,6 +20,20 @@ from PIL import Image
 
 import ldm
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before a test imports torch, which reads it once
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two for the whole suite, which holds the starts of some hundred processes; none for files that are named, whose
+    figures `-s` shows."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first: one worker has it alone, while the other takes file after file."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+
 
 def _write_tar(path: Path, members: dict[str, bytes | str | dict | Image.Image]) -> Path:
     with tarfile.open(path, "w") as tar:
