@@ -142,21 +142,28 @@ def read(image: Image.Image) -> list[Object]:
     # A pixel that an object covers in part lies on the line from the background (0) to the object's colour (1), so its
     # colour is that of the nearest line. Nearest colours would see a third one in the rim of every object.
     axes = np.array(list(COLOURS.values()), dtype=np.float64) - BACKGROUND
-    coverage = np.clip(pixels @ axes.T / (axes**2).sum(axis=1), 0, 1)  # (H, W, colours)
-    nearest = np.linalg.norm(pixels[:, :, None] - coverage[..., None] * axes, axis=-1).argmin(axis=-1)
+    along, lengths = pixels @ axes.T, (axes**2).sum(axis=1)
+    coverage = np.clip(along / lengths, 0, 1)  # (H, W, colours)
+    nearest = (coverage * (coverage * lengths - 2 * along)).argmin(axis=-1)  # squares of distances, less the pixel's
     covered = np.take_along_axis(coverage, nearest[..., None], axis=-1)[..., 0] >= 0.5
-    masks = {number: _largest_component(covered & (nearest == number)) for number in range(len(axes))}
+    enough = 0.012 * height * width
+    masks = {number: covered & (nearest == number) for number in range(len(axes))}
+    parts = {number: _largest_component(mask) for number, mask in masks.items() if mask.sum() >= enough}
     found = []
-    for number in sorted(masks, key=lambda n: -masks[n].sum()):
-        if masks[number].sum() >= 0.012 * height * width:
-            found.append(_fit(coverage[..., number] * _grow(masks[number]), list(COLOURS)[number]))
+    for number in sorted(parts, key=lambda n: -parts[n].sum()):
+        if parts[number].sum() >= enough:
+            found.append(_fit(coverage[..., number] * _grow(parts[number]), list(COLOURS)[number]))
     return found
 
 
 def _grow(mask: np.ndarray) -> np.ndarray:
     """The mask and its four-neighbours."""
-    padded = np.pad(mask, 1)
-    return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:

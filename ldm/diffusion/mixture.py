@@ -21,14 +21,15 @@ class GaussianMixture:
     def log_density(self, x: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """log p_t(x) (B,) in nats of x (B, D)."""
         away, variance = self._parts(x, alpha_bar)
-        squares = (away**2).sum(dim=-1) / variance
-        return torch.logsumexp(self.weights.log() - 0.5 * (squares + x.shape[1] * (2 * torch.pi * variance).log()), 1)
+        squares = (away**2).sum(dim=0) / variance
+        logits = self.weights.log()[:, None] - 0.5 * (squares + x.shape[1] * (2 * torch.pi * variance).log())
+        return torch.logsumexp(logits, dim=0)
 
     def score(self, x: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """∇ log p_t(x) (B, D)."""
         away, variance = self._parts(x, alpha_bar)
-        logits = self.weights.log() - 0.5 * ((away**2).sum(dim=-1) / variance + x.shape[1] * variance.log())
-        return -(torch.softmax(logits, dim=1)[..., None] * away / variance[..., None]).sum(dim=1)
+        logits = self.weights.log()[:, None] - 0.5 * ((away**2).sum(dim=0) / variance + x.shape[1] * variance.log())
+        return -(torch.softmax(logits, dim=0) / variance * away).sum(dim=1).T
 
     def epsilon(self, x: Tensor, alpha_bar: Tensor | float) -> Tensor:
         """E[ε | x_t] (B, D) = -√(1 - ᾱ) ∇ log p_t(x_t): what a perfect ε_θ would predict."""
@@ -48,9 +49,10 @@ class GaussianMixture:
         return mean, between + (self.weights @ self.deviations**2) * torch.eye(len(mean), dtype=mean.dtype)
 
     def _parts(self, x: Tensor, alpha_bar: Tensor | float) -> tuple[Tensor, Tensor]:
-        """x_t - √ᾱ μ_k (B, K, D), and the variances (B or 1, K)."""
-        level = torch.as_tensor(alpha_bar, dtype=x.dtype).reshape(-1, 1)
-        return x[:, None] - level[..., None].sqrt() * self.means, level * self.deviations**2 + 1 - level
+        """x_t - √ᾱ μ_k (D, K, B), and the variances (K, B or 1): sums over leading axes are the fast ones."""
+        level = torch.as_tensor(alpha_bar, dtype=x.dtype).reshape(-1)
+        away = x.T[:, None] - level.sqrt() * self.means.T[..., None]
+        return away, level * self.deviations[:, None] ** 2 + 1 - level
 
 
 def two_in_the_plane() -> GaussianMixture:

