@@ -1,17 +1,13 @@
 """The training scripts, small and in this process: what they leave is shared by the tests of this folder."""
 
 import json
-import runpy
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
-ROOT = Path(__file__).parents[2]
+from tests.train.scripts import ROOT, SCRIPT, Pair, run
+
 SHAPES = ROOT / "configs" / "shapes"
 
 FP32 = "training.precision=fp32"
@@ -65,13 +61,6 @@ SMALL = {
 }
 """Overrides of `configs/shapes` that make every stage a matter of a second."""
 
-SCRIPT = {
-    "clip": "train_clip",
-    "autoencoder": "train_autoencoder",
-    "cache": "cache_latents",
-    "prior": "train_prior",
-    "ldm": "train_ldm",
-}
 READS = {
     "clip": [],
     "autoencoder": ["perceptual_clip"],
@@ -87,24 +76,6 @@ def _arguments(stage: str, runs: Path, output: Path, *further: str) -> list[str]
     return ["--config", str(SHAPES / f"{stage}.yaml"), f"output_dir={output}", *reads, *SMALL[stage], *steps, *further]
 
 
-def _run(stage: str, arguments: list[str]) -> int:
-    before = sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [str(ROOT / "train" / f"{SCRIPT[stage]}.py"), *arguments]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-        for number, action in handlers.items():
-            signal.signal(number, action)
-        AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
-        GradientState._reset_state()
-        torch.backends.cuda.enable_flash_sdp(True)  # which bf16 on a CPU turns off for the whole process
-    raise AssertionError("the script ended without an exit code")
-
-
 @pytest.fixture(scope="session")
 def arguments_of() -> Callable[..., list[str]]:
     """(stage, runs, output, *further) -> the command line of a small stage that reads the runs in `runs`."""
@@ -114,7 +85,15 @@ def arguments_of() -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def run_script() -> Callable[[str, list[str]], int]:
     """(stage, command line) -> exit code: runs the stage's script as `python train/….py` does."""
-    return _run
+    return run
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Iterator[Pair]:
+    """Two processes, started when the first test wants them, that run scripts together."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.close()
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +101,7 @@ def runs(tmp_path_factory) -> Path:
     """A folder with all five runs, four steps each, none interrupted. Tests only read it."""
     folder = tmp_path_factory.mktemp("runs")
     for stage in SCRIPT:
-        assert _run(stage, _arguments(stage, folder, folder / stage)) == 0, stage
+        assert run(stage, _arguments(stage, folder, folder / stage)) == 0, stage
     return folder
 
 
@@ -142,11 +121,11 @@ def fails(capsys) -> Callable[..., str]:
     """Runs a stage that must be refused: exit code 2 and one line on standard error, which is returned. Only the
     progress bars of `datasets` may stand before it."""
 
-    def run(stage: str, arguments: list[str]) -> str:
+    def refused(stage: str, arguments: list[str]) -> str:
         capsys.readouterr()
-        assert _run(stage, arguments) == 2
+        assert run(stage, arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "examples/s]" not in line]
         assert len(lines) == 1, lines
         return lines[0]
 
-    return run
+    return refused

@@ -1,18 +1,12 @@
 """Two real processes that talk over gloo: they train one model, and it is the one that a single process trains."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = {"ldm": "train_ldm", "autoencoder": "train_autoencoder", "clip": "train_clip"}
 FURTHER = {
     "ldm": [
         "sample_prompts=[]",
@@ -34,29 +28,17 @@ FSDP2 = {
 }
 
 
-def run_two(stage, arguments, said=None, **environment):
-    """`said`: a file for what the processes say on standard error."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    subprocess.run(
-        [*command, ROOT / "train" / f"{SCRIPT[stage]}.py", *arguments],
-        check=True,
-        timeout=300,
-        stderr=said,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
-    )
-
-
 def losses(folder, stage):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([line[LOSS[stage]] for line in lines if LOSS[stage] in line], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm"])
-def test_two_processes_train_what_one_does(runs, arguments_of, run_script, tmp_path, stage):
+def test_two_processes_train_what_one_does(runs, arguments_of, run_script, pair, tmp_path, stage):
     """The U-Net in 20 steps, against one process that accumulates over two halves."""
     alone = [*FURTHER[stage], HALVES] if stage == "ldm" else FURTHER[stage]
     assert run_script(stage, arguments_of(stage, runs, tmp_path / "one", *alone)) == 0
-    run_two(stage, arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage]))
+    pair.run(stage, arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage]))
     last = sorted(path.name for path in tmp_path.glob("one/checkpoints/*"))[-1]
     one, two = (load_file(tmp_path / name / "checkpoints" / last / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -66,9 +48,9 @@ def test_two_processes_train_what_one_does(runs, arguments_of, run_script, tmp_p
     torch.testing.assert_close(losses(tmp_path / "two", stage), losses(tmp_path / "one", stage), rtol=1e-5, atol=0)
 
 
-def test_divided_weights_train_resume_and_come_together(runs, arguments_of, run_script, tmp_path):
+def test_divided_weights_train_resume_and_come_together(runs, arguments_of, run_script, pair, tmp_path):
     """FSDP2: what one process trains; interrupted and resumed, the same bits; and one process goes on from it."""
-    run_two("ldm", arguments_of("ldm", runs, tmp_path / "two", "sample_prompts=[]"), **FSDP2)
+    pair.run("ldm", arguments_of("ldm", runs, tmp_path / "two", "sample_prompts=[]"), **FSDP2)
     checkpoint = tmp_path / "two" / "checkpoints" / "step-000004"
     shards = sorted(path.name for path in checkpoint.glob("*.safetensors"))
     assert len(shards) == 2 and all(name.startswith("shard-") for name in shards)
@@ -80,9 +62,7 @@ def test_divided_weights_train_resume_and_come_together(runs, arguments_of, run_
     shutil.copytree(checkpoint, tmp_path / "resumed" / "checkpoints" / "step-000004")
     (tmp_path / "resumed" / "checkpoints" / "step-000004" / shards[1]).unlink()
     arguments = arguments_of("ldm", runs, tmp_path / "resumed", "sample_prompts=[]", "--resume")
-    with (tmp_path / "said").open("w") as file:
-        run_two("ldm", arguments, file, **FSDP2)
-    assert (tmp_path / "said").read_text().count("step-000004 is damaged") == 1
+    assert "".join(pair.run("ldm", arguments, **FSDP2)).count("step-000004 is damaged") == 1
     assert run_script("ldm", arguments_of("ldm", runs, tmp_path / "alone", "sample_prompts=[]", "--resume")) == 0
 
     for shard in shards:
