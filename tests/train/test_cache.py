@@ -195,21 +195,11 @@ def test_a_killed_run_goes_on_where_it_was(runs, arguments_of, write, tmp_path):
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_two_processes_write_what_one_does(runs, arguments_of, write, folder, tmp_path):
+def test_two_processes_write_what_one_does(runs, arguments_of, write, pair, folder, tmp_path):
     write(folder, name="one")
     source = [f"data.source={folder}", "data.max_images=100", "data.max_bad_fraction=0.1", *SMALL_SHARDS]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    arguments = arguments_of("cache", runs, tmp_path / "two", *source)
-    with (tmp_path / "said").open("w") as log:
-        subprocess.run(
-            [*command, ROOT / "train" / "cache_latents.py", *arguments],
-            check=True,
-            timeout=300,
-            env=ENVIRONMENT,
-            stdout=log,
-            stderr=log,
-        )
-    assert "11 images (11 encoded, 0 reused, 0 duplicates), 1 skipped (image 5)" in (tmp_path / "said").read_text()
+    said = "".join(pair.run("cache", arguments_of("cache", runs, tmp_path / "two", *source)))
+    assert "11 images (11 encoded, 0 reused, 0 duplicates), 1 skipped (image 5)" in said
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -226,7 +216,7 @@ def tar(path, numbers):
                 file.addfile(member, io.BytesIO(content))
 
 
-def test_streamed_data_are_cached_as_they_pass(runs, arguments_of, run_script, write, opened, tmp_path):
+def test_streamed_data_are_cached_as_they_pass(runs, arguments_of, write, opened, pair, tmp_path):
     (tmp_path / "shards").mkdir()
     for shard, numbers in enumerate((range(7), range(7, 12), range(12, 14))):
         tar(tmp_path / "shards" / f"{shard}.tar", numbers)
@@ -238,11 +228,7 @@ def test_streamed_data_are_cached_as_they_pass(runs, arguments_of, run_script, w
     assert all(torch.equal(whole[name], streamed[name]) for name in whole)
 
     # Read by two processes, the data are in the same order; and what grew is encoded, no more
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    arguments = arguments_of("cache", runs, tmp_path / "two", *SMALL_SHARDS, *source, "data.streaming=true")
-    with (tmp_path / "said").open("w") as log:
-        subprocess.run([*command, ROOT / "train" / "cache_latents.py", *arguments], check=True, timeout=300,
-                       env=ENVIRONMENT, stdout=log, stderr=log)  # fmt: skip
+    pair.run("cache", arguments_of("cache", runs, tmp_path / "two", *SMALL_SHARDS, *source, "data.streaming=true"))
     two = samples(opened(tmp_path / "two"))
     assert torch.equal(two["text_embeds"], streamed["text_embeds"])
     torch.testing.assert_close(two["latent_mean"], streamed["latent_mean"], rtol=1e-3, atol=1e-3)

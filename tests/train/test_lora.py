@@ -1,10 +1,7 @@
 """Adapters trained by train_ldm.py for a pipeline that there is: what they change, where they open, how they resume."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -224,17 +221,11 @@ def test_bf16_trains_adapters_in_fp32(base, run_script, tmp_path):
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
 
-def test_two_processes_train_what_one_does(base, run_script, logged, tmp_path):
+def test_two_processes_train_what_one_does(base, run_script, pair, logged, tmp_path):
     further = ["lora.text_encoder=true", "sample_prompts=[]", "training.max_steps=2"]
     halves = "training.gradient_accumulation_steps=2"
     assert run_script("ldm", arguments(base, tmp_path / "one", *further, halves)) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    subprocess.run(
-        [*command, ROOT / "train" / "train_ldm.py", *arguments(base, tmp_path / "two", *further)],
-        check=True,
-        timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
+    pair.run("ldm", arguments(base, tmp_path / "two", *further))
     one, two = ([line["loss"] for line in logged(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
 

@@ -2,10 +2,7 @@
 shards, and what cannot be gone on with is refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,19 +79,14 @@ def test_a_resumed_stream_ends_as_the_uninterrupted_one(arguments_for, run_scrip
     assert position["epoch"] == 3 and position["num_read"] - position["num_bad"] == 64
 
 
-def test_two_processes_read_shards_of_their_own_and_know_where_each_was(arguments_for, fails, source, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    said = ["--log-dir", str(tmp_path / "said"), "--redirects", "3"]
-    script = [str(ROOT / "train" / "train_clip.py"), *arguments_for("clip", tmp_path / "run")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *said, *script], check=True, timeout=300, env=environment)
+def test_two_processes_read_shards_of_their_own_and_know_where_each_was(arguments_for, fails, pair, source, tmp_path):
+    said = pair.run("clip", arguments_for("clip", tmp_path / "run"))
     before, after = (
         json.loads((tmp_path / "run" / "checkpoints" / f"step-00000{step}" / "state.json").read_text())
         for step in (6, 8)
     )
     for rank in range(2):  # a process is told of the damaged pictures that it reads
-        (path,) = (tmp_path / "said").glob(f"*/attempt_0/{rank}/stderr.log")
-        lines = [line for line in path.read_text().splitlines() if line.startswith("warning: sample")]
+        lines = [line for line in said[rank].splitlines() if line.startswith("warning: sample")]
         assert {line.split("shard-")[1][0] for line in lines} == ({"0", "2"}, {"1", "3"})[rank]
 
         # From where it was after step 6, two steps lead to where it was after step 8
@@ -104,8 +96,9 @@ def test_two_processes_read_shards_of_their_own_and_know_where_each_was(argument
         *_, last = micro_batches(open_data(data, 0, 2), config, Share(8, 1, 2, rank), resumed)
         assert asdict(last["position"]) == after["stream"]["positions"][rank] != before["stream"]["positions"][rank]
 
-    lose_steps(tmp_path / "run")
-    line = fails("clip", arguments_for("clip", tmp_path / "run", "--resume"))
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    lose_steps(tmp_path / "alone")
+    line = fails("clip", arguments_for("clip", tmp_path / "alone", "--resume"))
     assert "2 processes were reading" in line and "start as many as before" in line
 
 
