@@ -142,7 +142,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
                 raise UserError(f"negative_prompt has {len(negative)} texts for {batch} prompts; give one, or {batch}")
             negative_prompt_embeds = self._read("negative_prompt", negative, device).expand(batch, -1, -1)
 
-        dtype = self.unet.dtype if self.text_encoder is None else self.text_encoder.dtype
+        dtype = (self.text_encoder if self.unet is None else self.unet).dtype
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
         if do_classifier_free_guidance:
             check_shape("negative_prompt_embeds", negative_prompt_embeds, (batch, length, width))
@@ -226,7 +226,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
             if noise is None or samples:
                 noise = randn_tensor(shape, generator=source, device=device, dtype=embeds.dtype)
             check_shape("prior_latents", noise, shape)
-            sample = noise.to(device) * self.prior_scheduler.init_noise_sigma  # (B·n, D), normalised
+            sample = noise.to(embeds) * self.prior_scheduler.init_noise_sigma  # (B·n, D), normalised
             self.prior_scheduler.set_timesteps(num_inference_steps, device=device)
             options = step_options(self.prior_scheduler, source, eta)
             timesteps = self.prior_scheduler.timesteps
@@ -269,7 +269,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         level_embeds = get_timestep_embedding(
             levels, image_embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
         )
-        return torch.cat([self.image_normalizer.unscale(noised), level_embeds.to(image_embeds.dtype)], dim=1)
+        return torch.cat([self.image_normalizer.unscale(noised), level_embeds], dim=1).to(image_embeds.dtype)
 
     def _check_noise_level(self, noise_level: object) -> None:
         last = self.image_noising_scheduler.config.num_train_timesteps - 1
@@ -277,6 +277,8 @@ class LatentDiffusionBase(LatentDiffusionFolder):
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         trained = self.unet.config.sample_size
+        if trained is None and (height is None or width is None):
+            raise UserError("height and width are needed: this U-Net does not tell the size that it was trained at")
         trained = (trained, trained) if isinstance(trained, int) else trained
         height = trained[0] * self.vae_scale_factor if height is None else height
         width = trained[1] * self.vae_scale_factor if width is None else width

@@ -133,14 +133,20 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         if read not in (channels, *further):
             raise UserError(f"the U-Net reads {read} channels, but the autoencoder's latents have {channels}")
 
-    def _check_outputs(self, output_type: str, tensors: Sequence[str]) -> None:
+    def _check_outputs(self, output_type: str, callback: Callback | None, names: Sequence[str] | None) -> Sequence[str]:
+        """The names of the tensors that the callback is shown: those that it asks for by itself, as Diffusers' own
+        callbacks do, or else those given."""
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
-        if unknown := [name for name in tensors if name not in self._callback_tensor_inputs]:
+        if callback is not None and not callable(callback):
+            raise UserError(f"callback_on_step_end is a {type(callback).__name__}; give a function")
+        names = getattr(callback, "tensor_inputs", names) or ()
+        if unknown := [name for name in names if name not in self._callback_tensor_inputs]:
             raise UserError(
                 f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; "
                 f"there are {', '.join(self._callback_tensor_inputs)}"
             )
+        return names
 
     # ---- what guides the U-Net ---------------------------------------------------------------------------------------
 
@@ -245,13 +251,12 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
 
         known: (B, C', h, w), further channels that the U-Net reads at every step: a mask, and what is around it.
         """
-        settings, guided, batch = condition.settings, condition.guided, len(latents)
-        scale = self._guidance_scale
+        settings, scale = condition.settings, self._guidance_scale
         if settings.guidance_interval != (0.0, 1.0):
             noise_share = (1 - self.scheduler.alphas_cumprod[int(t)]).sqrt().item()
             scale = scale_in_interval(scale, noise_share, settings.guidance_interval)
-        twice = guided and scale != 1
-        seen = slice(None) if twice or not guided else slice(batch, None)  # the conditional half alone
+        twice = condition.guided and scale > 1
+        seen = slice(None if twice else -len(latents), None)  # or the conditional half alone
         model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if twice else latents, t)
         if known is not None:
             model_input = torch.cat([model_input, torch.cat([known] * 2) if twice else known], dim=1)
@@ -303,7 +308,7 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         if given is None:
             given = randn_tensor(shape, generator=generator, device=embeds.device, dtype=embeds.dtype)
         check_shape("latents", given, shape)
-        return given.to(embeds.device)
+        return given.to(embeds.device, embeds.dtype)
 
     def _first_latents(
         self, condition: Condition, size: tuple[int, int], generator: Generators, given: Tensor | None = None
@@ -329,7 +334,8 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         are not finite."""
         image = latents
         if output_type != "latent":
-            image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            image = self.vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(image).all():
             steps = condition.settings.num_inference_steps
             raise RunError(

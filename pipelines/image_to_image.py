@@ -73,7 +73,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
             clip_skip=clip_skip,
         )  # fmt: skip
         check_share("strength", strength)
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         pictures = read_pictures("image", image)
         height, width = size_to_draw(size_of(pictures), height, width, self.vae_scale_factor)
         pixels = self.image_processor.preprocess(pictures, height, width)  # (N, 3, H, W) in [-1, 1]
@@ -102,9 +102,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-            latents = self._call_back(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents, condition
-            )
+            latents = self._call_back(callback_on_step_end, shown, i, t, latents, condition)
 
         # z_0 -> image
         return self._output(self._decode(latents, condition, output_type), output_type, return_dict)

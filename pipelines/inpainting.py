@@ -83,7 +83,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
             clip_skip=clip_skip,
         )  # fmt: skip
         check_share("strength", strength)
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         pictures, masks = read_pictures("image", image), read_masks("mask_image", mask_image)
         if size_of(masks) != size_of(pictures):
             raise UserError(
@@ -141,9 +141,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
                 if i + 1 < len(timesteps):
                     around = self.scheduler.add_noise(image_latents, noise, timesteps[i + 1 : i + 2].repeat(batch))
                 latents = (1 - small_mask) * around + small_mask * latents
-            latents = self._call_back(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents, condition
-            )
+            latents = self._call_back(callback_on_step_end, shown, i, t, latents, condition)
 
         # z_0 -> image
         drawn = self._decode(latents, condition, output_type)

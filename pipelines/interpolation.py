@@ -75,7 +75,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
         )  # fmt: skip
         check_count("num_frames", num_frames, smallest=2)
         check_generator(generator, 2)
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         size = self._image_size(height, width)
         device = self._execution_device
 
@@ -114,9 +114,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-            latents = self._call_back(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents, condition
-            )
+            latents = self._call_back(callback_on_step_end, shown, i, t, latents, condition)
 
         # z_0 -> image
         return self._output(self._decode(latents, condition, output_type), output_type, return_dict)

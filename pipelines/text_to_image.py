@@ -95,7 +95,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         )  # fmt: skip
         height, width = self._image_size(height, width)
         sizes = self._sizes(original_size, crops_coords_top_left, target_size, (height, width))
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # Caption -> tokens and image embedding
         condition = self._condition(
@@ -110,9 +110,7 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-            latents = self._call_back(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents, condition
-            )
+            latents = self._call_back(callback_on_step_end, shown, i, t, latents, condition)
 
         # z_0 -> image
         image = self._decode(latents, condition, output_type)

@@ -62,7 +62,7 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level
         )
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_count("num_images_per_prompt", num_images_per_prompt)
         height, width = self._image_size(height, width)
 
@@ -90,9 +90,7 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prediction = self._predict(latents, t, condition)
             latents = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
-            latents = self._call_back(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents, condition
-            )
+            latents = self._call_back(callback_on_step_end, shown, i, t, latents, condition)
 
         # z_0 -> image
         return self._output(self._decode(latents, condition, output_type), output_type, return_dict)

@@ -21,6 +21,7 @@ def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, guidanc
 def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
     """The guided prediction (B, …) with its standard deviation brought back to the conditional one's, by a share
     `rescale` in [0, 1]: against overexposed pictures (Lin et al. 2024, arXiv:2305.08891, equations 15 and 16).
+    Of the precision of `guided`.
 
     Raises:
         ValueError: rescale outside [0, 1].
@@ -28,7 +29,7 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Ten
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale:g}")
     ratio = conditional.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
-    return guided * (rescale * spread(ratio, guided) + (1 - rescale))
+    return (guided * (rescale * spread(ratio, guided) + (1 - rescale))).to(guided.dtype)
 
 
 def scale_in_interval(guidance_scale: float, noise_level: float, interval: tuple[float, float]) -> float:

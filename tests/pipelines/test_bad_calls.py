@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDXLCFGCutoffCallback
 from PIL import Image
 
 import pipelines
@@ -82,6 +83,8 @@ SETTINGS = [
     ({"generator": [torch.Generator()] * 5}, "generator is a list of 5;"),
     ({"output_type": "jpeg"}, "output_type is 'jpeg'; it must be one of"),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, "names 'noise'; there are latents"),
+    ({"callback_on_step_end": SDXLCFGCutoffCallback(0.5)}, "names 'add_text_embeds'; there are"),
+    ({"callback_on_step_end": 3}, "callback_on_step_end is a int; give a function"),
     ({"cross_attention_kwargs": 3}, "cross_attention_kwargs is a int"),
     ({"image": "photo.png"}, "image is of str; give a PIL image, an array, a tensor"),
     ({"image": []}, "image is an empty list"),

@@ -17,6 +17,7 @@ from diffusers import (
     StableUnCLIPPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from pipelines import LatentDiffusionPipeline
 
@@ -95,6 +96,13 @@ def test_same_picture_as_stable_unclip(pipe, stock, name):
 def test_same_picture_as_stable_diffusion(pipe_without_prior, stock_without_prior, name):
     assert type(stock_without_prior) is StableDiffusionPipeline
     assert np.abs(draw(stock_without_prior, CASES[name]) - draw(pipe_without_prior, CASES[name])).max() <= 1 / 255
+
+
+def test_same_picture_with_a_callback_of_diffusers(pipe_without_prior, stock_without_prior):
+    half_way = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.5)}
+    theirs, ours = (draw(pipe, CASES["one"], **half_way) for pipe in (stock_without_prior, pipe_without_prior))
+    assert np.abs(theirs - ours).max() <= 1e-5
+    assert np.abs(draw(pipe_without_prior, CASES["one"]) - ours).max() > 1e-4
 
 
 @pytest.mark.parametrize(

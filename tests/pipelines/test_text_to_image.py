@@ -1,5 +1,6 @@
 """The pipeline's own behaviour. That its pictures are stock Diffusers' is in test_stock.py."""
 
+import copy
 import json
 import shutil
 
@@ -288,6 +289,15 @@ def test_unclip_scheduler_is_warned_of(pipe, tmp_path):
 def test_tokens_alone_cannot_guide_a_prior(pipe):
     with pytest.raises(UserError, match="give image_embeds too"):
         pipe(prompt_embeds=torch.zeros(1, 12, 16), **FAST)
+
+
+def test_a_unet_that_tells_no_size_wants_one(pipe):
+    own = LatentDiffusionPipeline(**pipe.components | {"unet": copy.deepcopy(pipe.unet)})
+    own.unet.register_to_config(sample_size=None)
+    own.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="height and width are needed"):
+        draw(own, width=16)
+    assert draw(own, height=16, width=32).shape == (1, 16, 32, 3)
 
 
 def test_a_unet_that_is_not_told_sizes_refuses_them(pipe):

@@ -48,6 +48,8 @@ def test_rescaling_gives_back_the_conditional_deviation():
     torch.testing.assert_close(deviation(rescale_guidance(guided, conditional, 1.0)), deviation(conditional))
     between = deviation(rescale_guidance(guided, conditional, 0.7))
     torch.testing.assert_close(between, 0.7 * deviation(conditional) + 0.3 * deviation(guided))
+    half = rescale_guidance(guided.bfloat16(), conditional.bfloat16(), 0.7)
+    assert half.dtype == torch.bfloat16  # the network's, which reads what a step makes of it
     with pytest.raises(ValueError, match=r"guidance_rescale must be in \[0, 1\], got 1.5"):
         rescale_guidance(guided, conditional, 1.5)
 
