@@ -5,7 +5,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -15,6 +15,7 @@ from ldm import hub
 from ldm.components.configs import is_older
 from ldm.errors import UserError
 from ldm.files import make_readable
+from pipelines.checks import check_known
 
 DEFAULT_SETTINGS = {
     "num_inference_steps": 20,
@@ -35,6 +36,8 @@ PRIOR_COMPONENTS = (
     "image_noising_scheduler",
 )
 """What the layout of StableUnCLIPPipeline has beside that of StableDiffusionPipeline."""
+SETTINGS = "_default_settings"
+"""The key of `model_index.json` that holds a model's own settings, which stock Diffusers passes over."""
 FIRST_OF_OURS = (0, 42)
 """The Diffusers that this package began with: what is older comes from others."""
 
@@ -46,6 +49,8 @@ class LatentDiffusionFolder(DiffusionPipeline):
     """Of the repository that it was opened from; None where that was a folder."""
     folder: Path | None = None
     """On this machine, that it was opened from."""
+    variant: str | None = None
+    """Of the weights that it was opened with, such as "fp16"; None for the plain files."""
 
     @classmethod
     def default(cls) -> Self:
@@ -60,10 +65,7 @@ class LatentDiffusionFolder(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained`'s, but none that would run a model's own code or open a pickle. Raises
         `UserError` for a name or a folder that cannot be used, `RunError` where a download broke off.
         """
-        if unwanted := sorted({"custom_pipeline", "trust_remote_code"} & set(kwargs)):
-            raise UserError(f"{unwanted[0]} is not taken: no code comes with a model")
-        if not kwargs.get("use_safetensors", True):
-            raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
+        refuse_code_and_pickles(kwargs)
         variant = kwargs.get("variant")
         options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
         folder = hub.resolve(name, revision, variant, **options)
@@ -87,19 +89,32 @@ class LatentDiffusionFolder(DiffusionPipeline):
         named = {name for name, entry in index.items() if isinstance(entry, list) and entry[-1] is not None}
         if passed_over := sorted(name for name in named - set(known) if not name.startswith("_")):
             print(f"note: {', '.join(passed_over)} of '{name}' not needed, and passed over", file=sys.stderr)
-        pipeline.commit, pipeline.folder = hub.commit_of(folder), folder
-        if "_default_settings" in index:
-            pipeline.default_settings = index["_default_settings"]
+        pipeline.commit, pipeline.folder, pipeline.variant = hub.commit_of(folder), folder, variant
+        if SETTINGS in index:
+            pipeline.default_settings = index[SETTINGS]
         return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """A pipeline of this kind with the components of another one, which stay in the precision that they are in."""
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)  # Diffusers would convert what the other one uses to float32
-        own = super().from_pipe(pipeline, **kwargs)
-        own.commit, own.folder = getattr(pipeline, "commit", None), getattr(pipeline, "folder", None)
-        return own
+        """A pipeline of this kind with the components of another one, or those given in their place by their names.
+
+        Each stays in the precision that it is in, where Diffusers' method would convert what both use to one; `dtype`
+        converts all. Raises `UserError` where the other one lacks a component, and for unknown names.
+        """
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        known = inspect.signature(cls.__init__).parameters
+        names = list(known)[1:]
+        check_known(kwargs, names)
+        parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
+        if absent := [name for name in names if known[name].default is inspect.Parameter.empty and name not in parts]:
+            raise UserError(f"a {type(pipeline).__name__} has no '{absent[0]}'; give {absent[0]}=")
+        own = cls(**parts)
+        settings = {key: value for key, value in pipeline.config.items() if key in ("_name_or_path", SETTINGS)}
+        own.register_to_config(**settings)
+        for name in ("commit", "folder", "variant"):
+            setattr(own, name, getattr(pipeline, name, None))
+        return own if dtype is None else own.to(dtype=dtype)
 
     def save_pretrained(
         self,
@@ -174,14 +189,22 @@ class LatentDiffusionFolder(DiffusionPipeline):
     @property
     def default_settings(self) -> dict[str, int | float | tuple[float, float]]:
         """What `__call__` takes where it is given nothing: this model's own settings over the general ones."""
-        return DEFAULT_SETTINGS | self.config.get("_default_settings", {})
+        return DEFAULT_SETTINGS | self.config.get(SETTINGS, {})
 
     @default_settings.setter
     def default_settings(self, settings: dict[str, int | float | tuple[float, float]]) -> None:
-        """Saved with the model, under a key that stock Diffusers passes over."""
+        """Saved with the model."""
         if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
             raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
-        self.register_to_config(_default_settings=dict(settings))
+        self.register_to_config(**{SETTINGS: dict(settings)})
+
+
+def refuse_code_and_pickles(options: dict[str, Any]) -> None:
+    """Of the keyword arguments of Diffusers' `from_pretrained`, those that would open either."""
+    if unwanted := sorted({"custom_pipeline", "trust_remote_code"} & set(options)):
+        raise UserError(f"{unwanted[0]} is not taken: no code comes with a model")
+    if not options.get("use_safetensors", True):
+        raise UserError("use_safetensors must be True: pickles are not opened; convert them to safetensors")
 
 
 def correct_as_stock_does(pipeline: DiffusionPipeline) -> None:

@@ -76,11 +76,15 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """As `DiffusionPipeline.from_pipe`, with the image tower of the folder that the pipeline was opened from."""
+        """As `LatentDiffusionBase.from_pipe`, with the image tower of the folder that the pipeline was opened from, on
+        the device that it computes on."""
         if getattr(pipeline, ENCODER, None) is None:
             folder = getattr(pipeline, "folder", None) or pipeline.config.get("_name_or_path")
             if folder is not None:
-                kwargs = _image_tower(Path(folder), pipeline.unet.dtype) | kwargs
+                tower = _image_tower(Path(folder), pipeline.unet.dtype, getattr(pipeline, "variant", None))
+                if tower:
+                    tower[ENCODER].to(pipeline._execution_device)
+                kwargs = tower | kwargs
         return super().from_pipe(pipeline, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:

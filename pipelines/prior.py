@@ -14,6 +14,7 @@ from ldm.errors import RunError, UserError
 from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, given_or, warn_of_cut
 from pipelines.checks import check_count, check_prompt, check_share, known_arguments
 from pipelines.drawing import check_generator
+from pipelines.folder import refuse_code_and_pickles
 
 OUTPUT_TYPES = ("pt", "np")
 
@@ -31,6 +32,7 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **kwargs) -> Self:
         """As `LatentDiffusionBase.from_pretrained`; opens the priors of Kandinsky 2.1 and 2.2, too, whose
         `negative_image_embeds` are the embedding of an image of zeros."""
+        refuse_code_and_pickles(kwargs)
         options = {key: kwargs.pop(key) for key in hub.DOWNLOAD_OPTIONS if key in kwargs}
         folder = hub.resolve(name, revision, kwargs.get("variant"), **options)
         if hub.read_json(folder / cls.config_name).get("_class_name") not in KANDINSKY:
@@ -52,6 +54,11 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
             own.no_image = stock.get_zero_embed()
         own.commit, own.folder = hub.commit_of(folder), folder
         return own
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        if self.no_image is not None:
+            raise UserError(f"Kandinsky's prior is no folder of this package; copy '{self.folder}', which it came from")
+        super().save_pretrained(*args, **kwargs)
 
     @known_arguments
     @torch.no_grad()

@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 
 from ldm.errors import UserError
-from pipelines import LatentDiffusionVariationPipeline
+from pipelines import LatentDiffusionPipeline, LatentDiffusionVariationPipeline
 
 FAST = {"num_inference_steps": 3, "output_type": "np"}
 PRIOR = {"prior_num_inference_steps": 2, "num_prior_samples": 1}
@@ -68,9 +68,14 @@ def test_without_an_image_tower_it_says_so(pipe, photos):
         own(photos[0])
 
 
-def test_the_bundled_models_tower_is_found(photos):
-    from pipelines import LatentDiffusionPipeline
+def test_the_tower_of_a_variant_is_found_and_put_beside_the_rest(family, tmp_path):
+    family["LatentDiffusionVariationPipeline"].save_pretrained(tmp_path, variant="fp16")
+    elsewhere = LatentDiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16).to("meta")
+    tower = LatentDiffusionVariationPipeline.from_pipe(elsewhere).image_encoder
+    assert (tower.device.type, tower.dtype) == ("meta", torch.float16)
 
+
+def test_the_bundled_models_tower_is_found(photos):
     text_to_image = LatentDiffusionPipeline.default()
     shared = LatentDiffusionVariationPipeline.from_pipe(text_to_image)
     opened = LatentDiffusionVariationPipeline.default()

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import UserError
-from pipelines import LatentDiffusionPipeline, cli
+from pipelines import LatentDiffusionPipeline, LatentDiffusionPriorPipeline, cli
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FAST = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "output_type": "np"}
@@ -365,5 +365,8 @@ def test_a_safety_checker_is_passed_over(folder):
         ({"use_safetensors": False}, "use_safetensors must be True"),
     ],
 )
-def test_no_code_and_no_pickle_by_request_either(whole, options, message):
-    assert message in refusal(whole, **options)
+def test_no_code_and_no_pickle_by_request_either(folder, options, message):
+    assert message in refusal(folder, **options)
+    edit(folder / "model_index.json", _class_name="KandinskyPriorPipeline")  # which is opened in a way of its own
+    with pytest.raises(UserError, match=message):
+        LatentDiffusionPriorPipeline.from_pretrained(folder, **options)
