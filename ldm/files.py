@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with ~ as the user's folder, and as it stands where there is no such user; `Path.expanduser` raises."""
+    return Path(os.path.expanduser(name))
+
+
 def sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

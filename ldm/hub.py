@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ldm.components import configs, fit, shapes, weights
 from ldm.components.configs import CLASSES, read_json
 from ldm.errors import RunError, UserError
-from ldm.files import sha256, write_text
+from ldm.files import expanded, sha256, write_text
 from ldm.patience import bounded
 
 INDEX = "model_index.json"
@@ -52,7 +52,7 @@ def resolve(name: str | Path, revision: str | None = None, variant: str | None =
     cache where there is no connection. `options`: those of `DOWNLOAD_OPTIONS`. Raises `UserError` where there is no
     such folder, repository or revision, or neither cache nor connection, and `RunError` where a download broke off.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         if revision is not None:
             raise UserError(f"revision {revision!r} belongs to a repository, but '{name}' is a folder; leave it out")
@@ -69,7 +69,7 @@ def resolve_adapters(
 ) -> Path:
     """The file of adapters (LoRA), whole and finite: `name` itself, or of a folder, a run's, or a repository of the Hub
     the one called `weight_name`, ADAPTERS or else the only one. Raises as `resolve` does, and for pickles."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
             raise UserError(f"adapters '{name}' do not exist; give a file, a folder that holds {ADAPTERS}, or "

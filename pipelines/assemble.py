@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.components.configs import SCHEDULERS, read_json
 from ldm.errors import RunError, UserError
+from ldm.files import expanded, make_readable
 from ldm.hub import check_component, check_shapes
 from pipelines.card import TRAINING
 
@@ -56,7 +57,8 @@ def assemble(
         partial.mkdir(parents=True)
         _save_pipeline(folders, partial, dtype)
         _keep_training({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}, partial)
-        _make_readable(partial)
+        for file in partial.rglob("*.safetensors"):
+            make_readable(file)
     return output
 
 
@@ -81,7 +83,7 @@ def written_whole(output: Path) -> Iterator[Path]:
 
 def check_output_folder(output: str | Path) -> Path:
     """A folder that can be made, or an empty one. Raises `UserError` otherwise."""
-    output = Path(output).expanduser().absolute()
+    output = expanded(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output '{output}' is already in use; name a new folder, or remove it first")
     existing = next(parent for parent in output.parents if parent.exists())
@@ -94,7 +96,7 @@ def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
     """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise."""
     folders = {}
     for stage, name in stages.items():
-        run = Path(name).expanduser()
+        run = expanded(name)
         if not run.is_dir():
             raise UserError(f"{stage} '{run}' is not a folder; give the output_dir of a finished {stage} run")
         model = run / "model" if (run / "model").is_dir() else run
@@ -203,7 +205,7 @@ def _keep_training(stages: dict[str, str | Path], output: Path) -> None:
     import yaml
 
     for stage, name in stages.items():
-        run = Path(name).expanduser()
+        run = expanded(name)
         if (run / "config.yaml").is_file():
             (output / TRAINING).mkdir(exist_ok=True)
             config = _without_folders(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
@@ -267,11 +269,3 @@ def _forget_paths(folder: Path) -> None:
         config = read_json(file)
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _make_readable(folder: Path) -> None:
-    """safetensors writes files that only their owner can read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o666 & ~umask)

@@ -46,8 +46,8 @@ def _what_it_is(folder: Path, parts: dict[str, str]) -> str:
         f"a U-Net guided by {'both' if 'prior' in parts else 'it'} removes noise from latents ({latents}), and an "
         "autoencoder decodes them."
     )
-    knows = folder / "knows.json"
-    return f"{text} {read_json(knows)['says'].rstrip('.')}." if knows.is_file() else text
+    knows = read_json(folder / "knows.json") if (folder / "knows.json").is_file() else {}
+    return f"{text} {knows['says'].rstrip('.')}." if "says" in knows else text
 
 
 def _samples(folder: Path) -> str:

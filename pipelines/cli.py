@@ -6,7 +6,7 @@ Nothing heavy is imported before the arguments are checked, so that a mistake is
 import argparse
 import contextlib
 import gc
-import json
+import io
 import os
 import re
 import shutil
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import RunError, UserError, exit_code_of
-from ldm.files import write_image
+from ldm.files import expanded, make_readable, write_image
 from pipelines import deferred, evaluate
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components, written_whole
@@ -29,6 +29,8 @@ KNOWS = "knows.json"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
 IMAGES_AT_ONCE = 16
+MOST_IMAGES = 100_000
+"""Of one command: beyond it a slip of the hand would fill the disk."""
 
 
 def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
@@ -131,7 +133,7 @@ def generate(arguments: argparse.Namespace) -> None:
     """`ldm generate`: draws, writes, and prints the path of each picture."""
     # What needs no model is checked first
     check_prompt("prompt", arguments.prompt)
-    check_count("--num-images", arguments.num_images)
+    check_count("--num-images", arguments.num_images, largest=MOST_IMAGES)
     check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED - arguments.num_images)
     if arguments.num_inference_steps is not None:
         check_count("--num-inference-steps", arguments.num_inference_steps)
@@ -139,12 +141,12 @@ def generate(arguments: argparse.Namespace) -> None:
         check_scale("--guidance-scale", arguments.guidance_scale)
     if arguments.negative_prompt is not None:
         check_prompt("--negative-prompt", arguments.negative_prompt, may_be_empty=True)
-    _check_start(arguments)
+    pictures = _pictures_to_start_from(arguments)
     if arguments.lora_scale is not None:
         if arguments.lora is None:
             raise UserError("--lora-scale belongs to adapters; give --lora PATH|REPO, too")
         check_number("--lora-scale", arguments.lora_scale)
-    outputs = _picture_paths(Path(arguments.output).expanduser(), arguments.num_images)
+    outputs = _picture_paths(expanded(arguments.output), arguments.num_images)
     if arguments.lora is not None:
         arguments.lora = hub.resolve_adapters(arguments.lora)
     folder = hub.resolve(arguments.model, arguments.revision)
@@ -156,22 +158,22 @@ def generate(arguments: argparse.Namespace) -> None:
     # when the process ends another.
     gc.disable()
     try:
-        _draw(arguments, folder, outputs)
+        _draw(arguments, folder, outputs, pictures)
     finally:
         gc.enable()
         if arguments.alone and "triton" not in sys.modules:  # which tells at length of what is left when a process ends
             gc.freeze()
 
 
-def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path]) -> None:
+def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path], pictures: dict) -> None:
     if arguments.alone:
         deferred.leave_out(*deferred.NEVER, *(["peft"] if arguments.lora is None else []))
     pipe, given = _open(folder, arguments.alone), {}
     if arguments.lora is not None:
         pipe.load_lora_weights(arguments.lora)
         pipe.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
-    if arguments.image is not None:
-        pipe, given = _start_from(pipe, arguments)
+    if pictures:
+        pipe, given = _start_from(pipe, pictures, arguments)
     for start in range(0, len(outputs), IMAGES_AT_ONCE):
         paths = outputs[start : start + IMAGES_AT_ONCE]
         images = pipe(
@@ -218,10 +220,10 @@ def data_check(arguments: argparse.Namespace) -> None:
 
 def average(arguments: argparse.Namespace) -> None:
     """`ldm average`: a copy of the run's model whose U-Net has the averaged weights; prints its folder."""
-    run, output = Path(arguments.run).expanduser(), Path(arguments.output).expanduser()
+    run = expanded(arguments.run)
     if not (run / "model" / "unet").is_dir():
         raise UserError(f"RUN '{run}' has no model/unet; name the output_dir of a finished run of train_ldm.py")
-    check_output_folder(arguments.output)
+    output = check_output_folder(arguments.output)
     be_quiet()
     from diffusers import AutoModel
 
@@ -230,33 +232,40 @@ def average(arguments: argparse.Namespace) -> None:
     step, weights = averages.combined(run / "averages", arguments.length, arguments.step)
     unet = AutoModel.from_pretrained(str(run / "model" / "unet"))
     unet.load_state_dict(weights)
-    shutil.copytree(run / "model", output / "model")
-    unet.save_pretrained(output / "model" / "unet")
+    with written_whole(output) as partial:
+        shutil.copytree(run / "model", partial / "model")
+        unet.save_pretrained(partial / "model" / "unet")
+        for file in (partial / "model" / "unet").glob("*.safetensors"):
+            make_readable(file)
     print(f"{output / 'model'}: the average of length {arguments.length:g} at step {step}")
 
 
 def plot(arguments: argparse.Namespace) -> None:
     """`ldm plot`: draws metrics.jsonl, prints the picture's path."""
-    run = Path(arguments.run).expanduser()
-    output = run / "curves.png" if arguments.output is None else Path(arguments.output).expanduser()
+    run = expanded(arguments.run)
+    output = run / "curves.png" if arguments.output is None else expanded(arguments.output)
     if not run.is_dir():
         raise UserError(f"RUN '{run}' is not a folder; name the output_dir of a run")
     (output,) = _picture_paths(output, 1)
+    from PIL import Image
+
     from ldm.evaluation.curves import curves
 
-    curves(run).savefig(output, dpi=110)
+    drawn = io.BytesIO()
+    curves(run).savefig(drawn, dpi=110)
+    _write(Image.open(drawn).convert("RGB"), output)
     print(output)
 
 
 def figures(arguments: argparse.Namespace) -> None:
     """`ldm figures`: draws what can be drawn, prints the paths, and says what the rest would need."""
-    output = Path(arguments.output).expanduser()
+    output = expanded(arguments.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file; name a folder")
     be_quiet()
     from ldm.evaluation.figures import draw_all
 
-    for path, said in draw_all(output, Path(arguments.runs).expanduser()):
+    for path, said in draw_all(output, expanded(arguments.runs)):
         print(path if path is not None else f"note: not drawn, {said}", file=sys.stdout if path else sys.stderr)
 
 
@@ -275,23 +284,33 @@ def _picture_paths(output: Path, count: int) -> list[Path]:
     return paths
 
 
-def _check_start(arguments: argparse.Namespace) -> None:
-    """Of --image, --mask and --strength, what can be told before anything is opened."""
+def _pictures_to_start_from(arguments: argparse.Namespace) -> dict:
+    """What the pipelines that redraw take as `image` and `mask_image`; {} without --image."""
     if arguments.strength is not None:
         check_share("--strength", arguments.strength)
     for option, value in (("--mask", arguments.mask), ("--strength", arguments.strength)):
         if value is not None and arguments.image is None:
             raise UserError(f"{option} belongs to a picture to start from; give --image FILE, too")
-    for option, name in (("--image", arguments.image), ("--mask", arguments.mask)):
-        if name is not None and not Path(name).expanduser().is_file():
-            raise UserError(f"{option} '{name}' is not a file; name a picture")
+    if arguments.image is None:
+        return {}
+    pictures = {"image": _read_picture("--image", arguments.image)}
+    if arguments.mask is not None:
+        pictures["mask_image"] = _read_picture("--mask", arguments.mask)
+        sizes = [picture.size for picture in pictures.values()]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                "--mask '{}' is {}×{} pixels, --image {}×{}; give them one size".format(
+                    arguments.mask, *sizes[1], *sizes[0]
+                )
+            )
+    return pictures
 
 
 def _say_what_it_knows(folder: Path, prompt: str) -> None:
     if (folder / KNOWS).is_file():
-        knows = json.loads((folder / KNOWS).read_text(encoding="utf-8"))
+        knows = hub.read_json(folder / KNOWS)
         said = set(re.findall(r"\w+", prompt.lower()))
-        if not any(word in said or f"{word}s" in said for word in knows["words"]):
+        if "says" in knows and not any(word in said or f"{word}s" in said for word in knows.get("words", ())):
             print(f"note: {knows['says']}", file=sys.stderr)
 
 
@@ -318,27 +337,17 @@ def _open(folder: Path, alone: bool):
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 
-def _start_from(pipe, arguments: argparse.Namespace) -> tuple:
+def _start_from(pipe, pictures: dict, arguments: argparse.Namespace) -> tuple:
     """The same model, redrawing or inpainting, and what it starts from."""
     from PIL import ImageOps
 
     from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionInpaintPipeline
 
     height, width = pipe._image_size(None, None)
-    pictures = {"image": _read_picture("--image", arguments.image)}
-    if arguments.mask is not None:
-        pictures["mask_image"] = _read_picture("--mask", arguments.mask)
-        sizes = [picture.size for picture in pictures.values()]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                "--mask '{}' is {}×{} pixels, --image {}×{}; give them one size".format(
-                    arguments.mask, *sizes[1], *sizes[0]
-                )
-            )
     given = {name: ImageOps.fit(picture, (width, height)) for name, picture in pictures.items()}
     if arguments.strength is not None:
         given["strength"] = arguments.strength
-    kind = LatentDiffusionImg2ImgPipeline if arguments.mask is None else LatentDiffusionInpaintPipeline
+    kind = LatentDiffusionInpaintPipeline if "mask_image" in pictures else LatentDiffusionImg2ImgPipeline
     with deferred.drawing_alone() if arguments.alone else contextlib.nullcontext():
         redrawing = kind.from_pipe(pipe)
     redrawing.set_progress_bar_config(disable=None, leave=False)
@@ -346,13 +355,16 @@ def _start_from(pipe, arguments: argparse.Namespace) -> tuple:
 
 
 def _read_picture(option: str, name: str):
-    from PIL import Image, ImageOps
+    """RGB and upright; a mask's transparent parts are black, kept."""
+    if not (path := expanded(name)).is_file():
+        raise UserError(f"{option} '{name}' is not a file; name a picture")
+    from ldm.data.decode import BLACK, WHITE, open_picture, upright
 
     try:
-        with Image.open(Path(name).expanduser()) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{option} '{name}' cannot be read as a picture ({type(error).__name__})") from None
+        return upright(open_picture(str(path)), BLACK if option == "--mask" else WHITE)
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(f"{option} '{name}' cannot be read as a picture ({reason})") from None
 
 
 def _generators(seed: int, count: int):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import UserError
+from ldm.files import expanded
 from pipelines.checks import check_count, check_scale
 from pipelines.evaluation.settings import check_output
 
@@ -55,8 +56,8 @@ def evaluate(arguments: argparse.Namespace, bundled: Path, defaults: Mapping[str
         for name, default in defaults.items():
             if name not in ("compare", "output") and getattr(arguments, name) != default:
                 raise UserError(f"--{name.replace('_', '-')} is of no use to --compare with two reports; leave it out")
-        folders = tuple(Path(name).expanduser() for name in arguments.compare)
-        output = None if arguments.output is None else Path(arguments.output).expanduser()
+        folders = tuple(expanded(name) for name in arguments.compare)
+        output = None if arguments.output is None else expanded(arguments.output)
         print(_compared(folders, output), end="")
         return
     for option in ("data", "output"):
@@ -65,7 +66,7 @@ def evaluate(arguments: argparse.Namespace, bundled: Path, defaults: Mapping[str
             said = hint if arguments.compare and option == "data" else ""
             raise UserError(f"--{option} is missing{said}; see `ldm evaluate --help`")
     _check(arguments)
-    output = Path(arguments.output).expanduser()
+    output = expanded(arguments.output)
     check_output(output) if arguments.compare is None else [check_output(output / name) for name in MODELS]
     names = arguments.compare or [arguments.model or BUNDLED]
     models = {name: hub.resolve(bundled if name == BUNDLED else name, arguments.revision) for name in names}
@@ -91,7 +92,7 @@ def _are_reports(arguments: argparse.Namespace) -> bool:
     """Whether --compare was given two reports. With --data it takes models, which may hold a report as well."""
     if arguments.compare is None or arguments.data is not None:
         return False
-    return all((Path(name).expanduser() / "report.json").is_file() for name in arguments.compare)
+    return all((expanded(name) / "report.json").is_file() for name in arguments.compare)
 
 
 def _compared(folders: tuple[Path, Path], output: Path | None) -> str:

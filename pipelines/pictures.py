@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from ldm.data.decode import BLACK, WHITE, upright
 from ldm.errors import UserError
 from pipelines.checks import check_size
 
@@ -20,7 +21,7 @@ def read_pictures(name: str, pictures: Pictures) -> list[Image.Image] | Tensor:
     """
     kind, parts = _of_one_kind(name, pictures)
     if kind is Image.Image:
-        return [_upright(part).convert("RGB") for part in parts]
+        return [_upright(name, part, WHITE) for part in parts]
     tensor = _joined(name, kind, parts, "(H, W, 3) or (N, H, W, 3)", "(3, H, W) or (N, 3, H, W)")
     if tensor.shape[1] != 3:
         raise UserError(f"{name} has {tensor.shape[1]} channels; give 3, red, green and blue")
@@ -35,7 +36,7 @@ def read_masks(name: str, masks: Pictures) -> list[Image.Image] | Tensor:
     """
     kind, parts = _of_one_kind(name, masks)
     if kind is Image.Image:
-        return [_upright(part).convert("L") for part in parts]
+        return [_upright(name, part, BLACK).convert("L") for part in parts]
     if kind is np.ndarray:
         parts = [part[..., None] if part.ndim == 2 or part.shape[-1] != 1 else part for part in parts]
     else:
@@ -111,9 +112,9 @@ def _joined(name: str, kind: type, parts: list, arrays: str, tensors: str, mask:
     return tensor
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """As its EXIF says that it was held."""
+def _upright(name: str, image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """RGB, as its EXIF says that it was held."""
     try:
-        return ImageOps.exif_transpose(image)
+        return upright(image, background)
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"a picture cannot be read ({' '.join(str(error).split())}); is its file whole?") from None
+        raise UserError(f"{name} holds a picture that cannot be read ({' '.join(str(error).split())})") from None

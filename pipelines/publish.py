@@ -12,6 +12,7 @@ from ldm.components.configs import read_json
 from ldm.errors import RunError, UserError
 from ldm.hub import INDEX
 from pipelines.card import GRID, REPORT, TRAINING, model_card
+from pipelines.checks import check_prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,6 +59,8 @@ def publish_folder(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    if sample_prompts:
+        sample_prompts = check_prompt("sample_prompts", sample_prompts)
     api = HfApi(token=token)
     with _telling(repository):  # before anything is drawn or written
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id

@@ -25,6 +25,7 @@ from ldm.clip.tokenizer import clip_tokenizer
 from ldm.components.configs import read_json
 from ldm.components.weights import read_header
 from ldm.errors import UserError
+from ldm.files import expanded
 
 HUB = "hf-hub:"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -96,7 +97,7 @@ def find(name: str, pretrained: str | None) -> Published:
     if pretrained is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"'{name}' has no weights by itself; give --pretrained, a .safetensors file or a tag ({tags})")
-    path = Path(pretrained).expanduser()
+    path = expanded(pretrained)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"--pretrained '{pretrained}' is not safetensors: a pickle is not opened; convert it first")

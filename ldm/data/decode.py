@@ -10,6 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -36,8 +37,8 @@ def digest(image: Image.Image) -> bytes:
     return hashlib.sha256(image.fp.read()).digest()
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """RGB, as a viewer would show it.
+def upright(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """RGB, as a viewer would show it, with `background` where it is transparent.
 
     Raises:
         ValueError: floating-point values, whose range is anyone's guess.
@@ -50,7 +51,7 @@ def upright(image: Image.Image) -> Image.Image:
         raise ValueError("its values are floating-point numbers; store it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -13,6 +13,7 @@ from ldm.data.captions import IMAGE_SUFFIXES, is_folder_of_text_files, load_tabl
 from ldm.data.check import proposed, proposed_of_tars
 from ldm.data.columns import caption_columns, is_bare_number
 from ldm.errors import UserError
+from ldm.files import expanded
 
 NOT_TRAINED_ON = ("test", "validation", "valid", "val", "dev")
 """Names of splits, the one that is preferred first."""
@@ -29,7 +30,7 @@ def splits_of(source: str) -> dict[str, DataConfig]:
     """
     if source in ("shapes", "digits"):
         return {name: DataConfig(source=source, split=name) for name in ("train", "test")}
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if tars.is_tars(source):
         return {WHOLE: DataConfig(source=source)}
     if source.endswith(".parquet"):

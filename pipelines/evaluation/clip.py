@@ -12,6 +12,7 @@ from ldm import hub
 from ldm.components.configs import read_json
 from ldm.errors import UserError
 from ldm.evaluation.features import open_features
+from ldm.files import expanded
 from pipelines.image_tower import ENCODER, PROCESSORS
 
 TEXT_TOWERS = (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer"))
@@ -51,7 +52,7 @@ def own_clip(folder: Path, device: torch.device) -> Clip | None:
 def open_clip_folder(name: str, device: torch.device) -> Clip:
     """--clip: a run of train_clip.py, what `ldm export-clip` writes, or a pipeline's folder. Raises `UserError` for
     anything else."""
-    run = Path(name).expanduser()
+    run = expanded(name)
     for folder in (run / "model", run):
         if _is_whole(folder):
             return Clip(folder, f"CLIP {run.name}", device)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.evaluation.features import Classifier, FeatureNetwork, open_classifier, open_features
+from ldm.files import expanded
 from pipelines.evaluation.clip import Clip, open_clip_folder, own_clip
 from pipelines.evaluation.stored import Pictures
 
@@ -78,7 +79,7 @@ def apply(network: FeatureNetwork | Classifier, images: Pictures, what: str) -> 
 def _check_resolution(option: str, name: str, network: FeatureNetwork | Classifier, side: int) -> None:
     """A network whose folder says nothing of resizing has been trained on one size, and reads nonsense at another."""
     size = network.image_size
-    if size == side or network is name or not (folder := Path(name).expanduser()).is_dir():
+    if size == side or network is name or not (folder := expanded(name)).is_dir():
         return
     processor = folder / "preprocessor_config.json"
     if not processor.is_file() or not json.loads(processor.read_text(encoding="utf-8")).get("do_resize", False):

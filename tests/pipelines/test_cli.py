@@ -77,6 +77,7 @@ def model(runs, tmp_path_factory) -> Path:
         (["a cat", "--output", "a.png", "--guidance-scale", "nan"], "--guidance-scale is nan"),
         (["a cat", "--output", "a.png", "--guidance-scale", "inf"], "--guidance-scale is inf"),
         (["a cat", "--output", "a.png", "--num-images", "0"], "--num-images is 0"),
+        (["a cat", "--output", "a.png", "--num-images", "999999999"], "--num-images is 999999999; it must be a whole"),
         (["a cat", "--output", "a.png", "--seed", "-1"], "--seed is -1"),
         (["a cat", "--output", "a.png", "--strength", "0.5"], "--strength belongs to a picture to start from"),
         (["a cat", "--output", "a.png", "--mask", "mask.png"], "--mask belongs to a picture to start from"),
@@ -86,6 +87,8 @@ def model(runs, tmp_path_factory) -> Path:
         (["a cat", "--output", "a"], "'a' is no picture's name"),
         (["a cat", "--output", "nowhere/a.png"], "the folder 'nowhere' does not exist"),
         (["a cat", "--output", "folder.png"], "'folder.png' is a folder"),
+        (["a cat", "--output", "~nobody-of-this-name/a.png"], "the folder '~nobody-of-this-name' does not exist"),
+        (["a cat", "--output", "a.png", "--model", "~nobody-of-this-name"], "'~nobody-of-this-name' does not exist"),
         (["a cat", "--output", "a.png", "--model", "nowhere"], "model folder 'nowhere' does not exist"),
         (["a cat", "--output", "a.png", "--model", "."], "model_index.json' is missing"),
         (["a cat", "--output", "a.png", "--model", ".", "--revision", "x"], "revision 'x' belongs to a repository"),
@@ -196,6 +199,20 @@ def test_generate_refuses_a_picture_that_is_none(model, photos, mask, tmp_path, 
     assert "text.png' cannot be read as a picture (UnidentifiedImageError)" in capsys.readouterr().err
     assert run("generate", "a cat", *common, "--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png") == 2
     assert "mask.png' is 8×8 pixels, --image 16×16; give them one size" in capsys.readouterr().err
+
+
+def test_curves_are_a_whole_picture(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    assert run("plot", tmp_path, "--output", tmp_path / "loss.jpg") == 0
+    assert Image.open(tmp_path / "loss.jpg").size[0] > 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert run("plot", tmp_path) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "curves.png' could not be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.jpg", "metrics.jsonl"]
 
 
 def test_a_prompt_beyond_the_context_is_drawn_with_a_warning(model, tmp_path, capsys):

@@ -33,6 +33,17 @@ def test_images_of_every_mode_become_rgb():
         assert image.mode == "RGB" and size_of([image]) == (6, 4)
 
 
+def test_what_is_deep_or_transparent_is_as_a_viewer_shows_it():
+    deep = Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16))
+    clear = Image.new("LA", (4, 4), (90, 0))
+    brushed = Image.new("RGBA", (4, 4), (255, 255, 255, 0))  # a mask painted on a layer: here nothing yet
+    for image, picture, mask in ((deep, 128, 128), (clear, 255, 0), (brushed, 255, 0)):
+        assert (np.asarray(read_pictures("image", image)[0]) == picture).all()
+        assert (np.asarray(read_masks("mask_image", image)[0]) == mask).all()
+    with pytest.raises(UserError, match=r"image holds a picture that cannot be read .its values are floating-point"):
+        read_pictures("image", Image.new("F", (4, 4)))
+
+
 def test_images_are_upright():
     image = Image.new("RGB", (4, 6))
     image.getexif()[0x0112] = 6  # held sideways
