@@ -12,7 +12,8 @@ def augment(images: Tensor, draws: Tensor, least_area: float, jitter: float, mir
     """Random resized crop, mirrored half of the time if `mirror`, then changes of brightness, contrast and saturation.
 
     images (B, 3, H, W) in [-1, 1]; draws (B, NUM_DRAWS) uniform in [0, 1). The crop keeps a share of the area in
-    [least_area, 1] with an aspect ratio in [3/4, 4/3]; each factor of colour lies in [1 - jitter, 1 + jitter].
+    [least_area, 1] with an aspect ratio in [3/4, 4/3], less where that would reach beyond the image; each factor of
+    colour lies in [1 - jitter, 1 + jitter].
     """
     area = least_area + (1 - least_area) * draws[:, 0]
     aspect = (4 / 3) ** (2 * draws[:, 1] - 1) if least_area < 1 else torch.ones_like(area)

@@ -149,7 +149,9 @@ def from_transformers(
         text_heads=text.num_attention_heads,
         vocabulary_size=text.vocab_size,
         context_length=text.max_position_embeddings,
-        mlp_ratio=vision.intermediate_size / vision.hidden_size,
+        # open_clip cuts the product with the width to a whole number
+        mlp_ratio=(vision.intermediate_size + 0.5) / vision.hidden_size,
+        text_mlp_ratio=(text.intermediate_size + 0.5) / text.hidden_size,
     )
     state = {**text_encoder.state_dict(), **image_encoder.state_dict()}
     model.load_state_dict(

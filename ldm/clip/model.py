@@ -26,6 +26,7 @@ def build(
     vocabulary_size: int,
     context_length: int,
     mlp_ratio: float = 4.0,
+    text_mlp_ratio: float = 4.0,
 ) -> open_clip.CLIP:
     """A vision transformer over patches of `patch_size` pixels and a causal text transformer, randomly initialised.
 
@@ -53,7 +54,7 @@ def build(
         width=text_width,
         heads=text_heads,
         layers=text_layers,
-        mlp_ratio=mlp_ratio,
+        mlp_ratio=text_mlp_ratio,
     )
     return open_clip.CLIP(embedding_dim, vision, text)
 

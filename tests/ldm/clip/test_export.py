@@ -18,6 +18,7 @@ SHAPE = {
     "text_width": 24,
     "text_layers": 3,
     "text_heads": 2,
+    "mlp_ratio": 4.9231,  # the published ViT-bigG-14's; not the text tower's
 }
 
 
