@@ -29,7 +29,7 @@ def exit_code_of(command: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:  # of the latter those that nobody expected, which name their file
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except Stopped as stop:

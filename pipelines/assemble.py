@@ -86,7 +86,12 @@ def check_output_folder(output: str | Path) -> Path:
     output = expanded(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output '{output}' is already in use; name a new folder, or remove it first")
-    existing = next(parent for parent in output.parents if parent.exists())
+    return check_can_be_made(output)
+
+
+def check_can_be_made(output: Path) -> Path:
+    """An absolute path. Raises `UserError` unless it is, or is under, a folder that can be written."""
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output '{output}' cannot be written: '{existing}' is not a writable folder; name another")
     return output

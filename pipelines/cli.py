@@ -20,7 +20,15 @@ from ldm.errors import RunError, UserError, exit_code_of
 from ldm.files import expanded, make_readable, write_image
 from pipelines import deferred, evaluate
 from pipelines.arguments import ArgumentParser
-from pipelines.assemble import COMPONENTS, assemble, check_fit, check_output_folder, find_components, written_whole
+from pipelines.assemble import (
+    COMPONENTS,
+    assemble,
+    check_can_be_made,
+    check_fit,
+    check_output_folder,
+    find_components,
+    written_whole,
+)
 from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
@@ -28,7 +36,8 @@ KNOWS = "knows.json"
 """In a model's folder: {"words": [...], "says": "..."}, said when a prompt has none of the words."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
-IMAGES_AT_ONCE = 16
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 16, 2**20
+"""Of the pictures that are drawn together; what more of them gain in speed is little beside the memory they take."""
 MOST_IMAGES = 100_000
 """Of one command: beyond it a slip of the hand would fill the disk."""
 
@@ -174,8 +183,9 @@ def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path], pict
         pipe.fuse_lora(lora_scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
     if pictures:
         pipe, given = _start_from(pipe, pictures, arguments)
-    for start in range(0, len(outputs), IMAGES_AT_ONCE):
-        paths = outputs[start : start + IMAGES_AT_ONCE]
+    at_once = images_at_once(*pipe._image_size(None, None))
+    for start in range(0, len(outputs), at_once):
+        paths = outputs[start : start + at_once]
         images = pipe(
             arguments.prompt,
             num_images_per_prompt=len(paths),
@@ -260,8 +270,7 @@ def plot(arguments: argparse.Namespace) -> None:
 def figures(arguments: argparse.Namespace) -> None:
     """`ldm figures`: draws what can be drawn, prints the paths, and says what the rest would need."""
     output = expanded(arguments.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output '{output}' is a file; name a folder")
+    check_can_be_made(output.absolute())
     be_quiet()
     from ldm.evaluation.figures import draw_all
 
@@ -352,6 +361,11 @@ def _start_from(pipe, pictures: dict, arguments: argparse.Namespace) -> tuple:
         redrawing = kind.from_pipe(pipe)
     redrawing.set_progress_bar_config(disable=None, leave=False)
     return redrawing, given
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many pictures of so many pixels are drawn together: a picture does not depend on it."""
+    return min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width)))
 
 
 def _read_picture(option: str, name: str):

@@ -81,7 +81,7 @@ def read_header(path: Path, needs_format: bool = True) -> dict[str, Stored]:
     """Name -> tensor of one file. Raises `UserError` unless the file is whole: as long as its header says, every tensor
     where the one before ends; and its metadata, where there are any, say that it is torch's. `needs_format`: they must
     say so, which not all that write adapters do."""
-    name, size = f"{path.parent.name}/{path.name}", path.stat().st_size
+    name, size = Path(path.parent.name, path.name), path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if not 0 < length <= size - 8:
@@ -97,7 +97,7 @@ def read_header(path: Path, needs_format: bool = True) -> dict[str, Stored]:
     return tensors
 
 
-def _damaged(name: str, what: str) -> UserError:
+def _damaged(name: Path, what: str) -> UserError:
     return UserError(f"{name} is damaged: {what}. Download it again.")
 
 

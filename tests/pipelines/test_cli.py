@@ -201,6 +201,16 @@ def test_generate_refuses_a_picture_that_is_none(model, photos, mask, tmp_path, 
     assert "mask.png' is 8×8 pixels, --image 16×16; give them one size" in capsys.readouterr().err
 
 
+def test_large_pictures_are_drawn_a_few_at_once():
+    assert [cli.images_at_once(side, side) for side in (32, 256, 512, 768, 2048)] == [16, 16, 4, 1, 1]
+
+
+def test_what_nobody_expected_of_a_file_is_one_line(tmp_path, capsys):
+    assert run("generate", "a cat", "--output", tmp_path / f"{'a' * 300}.png") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("failed: [Errno 36] File name too long: ") and printed.count("\n") == 1
+
+
 def test_curves_are_a_whole_picture(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
     assert run("plot", tmp_path, "--output", tmp_path / "loss.jpg") == 0

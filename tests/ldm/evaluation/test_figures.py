@@ -54,10 +54,11 @@ def test_what_was_not_trained_is_left_out_and_named(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path, capsys):
     (tmp_path / "figures").write_text("mine")
-    with pytest.raises(SystemExit) as ended:
-        ldm_command(["figures", "--output", str(tmp_path / "figures")])
-    assert ended.value.code == 2
-    assert "is a file; name a folder" in capsys.readouterr().err
+    for output in (tmp_path / "figures", tmp_path / "figures" / "below"):
+        with pytest.raises(SystemExit) as ended:
+            ldm_command(["figures", "--output", str(output)])
+        assert ended.value.code == 2
+        assert "is not a writable folder; name another" in capsys.readouterr().err
     assert (tmp_path / "figures").read_text() == "mine"
 
 
