@@ -338,9 +338,10 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
             image = self.vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(image).all():
             steps = condition.settings.num_inference_steps
+            remedy = "a lower guidance_scale" if image.dtype == torch.float32 else "dtype=torch.float32"
             raise RunError(
                 f"the image is not finite (guidance_scale {self._guidance_scale:g}, {steps} steps, {image.dtype}): "
-                "the weights are damaged, or overflow: try dtype=torch.float32"
+                f"the weights or what was given are damaged, or overflow: try {remedy}"
             )
         return image
 
