@@ -98,6 +98,17 @@ class Hub:
 
     def run(self, script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
         """Runs Python code in a process whose client asks this Hub and keeps its cache in `home`."""
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, env=self._environment() | environment, capture_output=True, text=True)
+
+    def start(self, script: str, *arguments: object, said: Path, **environment: str) -> subprocess.Popen:
+        """As `run`, of code that is spoken to by pipes; its standard error goes to the file `said`."""
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        with said.open("w") as log:
+            return subprocess.Popen(command, env=self._environment() | environment, stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         ours = {
             "HF_ENDPOINT": self.url,
@@ -105,8 +116,7 @@ class Hub:
             "HF_HUB_OFFLINE": "0",
             "PYTHONPATH": str(Path(ldm.__file__).parents[1]),
         }
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, env=kept | ours | environment, capture_output=True, text=True)
+        return kept | ours
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,11 +4,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
-
-BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, ResidualAttentionBlock)
-"""Of which the networks of all stages are made; one inside another is part of that."""
 
 
 def compile_blocks(model: nn.Module, activation_memory: float = 1.0) -> None:
@@ -29,7 +25,9 @@ def compile_blocks(model: nn.Module, activation_memory: float = 1.0) -> None:
 
 
 def outermost(module: nn.Module) -> list[nn.Module]:
-    """The blocks of `module` that are in no other block."""
-    if isinstance(module, BLOCKS):
+    """The blocks, of which the networks of all stages are made, of `module` that are in no other block."""
+    from open_clip.transformer import ResidualAttentionBlock  # seconds of imports, for runs that compile alone
+
+    if isinstance(module, (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, ResidualAttentionBlock)):
         return [module]
     return [block for child in module.children() for block in outermost(child)]
