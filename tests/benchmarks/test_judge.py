@@ -45,7 +45,7 @@ def test_the_second_is_small_and_another_network_than_the_first():
     model = AutoModelForImageClassification.from_pretrained(resnet_judge.FOLDER)
     assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
     assert (resnet_judge.FOLDER / "model.safetensors").stat().st_size <= 4 * 2**20
-    assert resnet_judge.stated_accuracy() >= 0.85
+    assert resnet_judge.stated_accuracy() >= 0.87
 
 
 @pytest.fixture
