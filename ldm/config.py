@@ -41,7 +41,8 @@ class DataConfig:
     max_images: int | None = None
     """Read only so many; the length of the series with `shapes`."""
     max_bad_fraction: float = 0.05
-    """Images that cannot be decoded are skipped and named; more than this share of all stops the run."""
+    """Images that cannot be decoded are skipped and named; more than this share of all stops the run. When streaming,
+    of those that a process has read of its own shards, once these are 100 or all."""
     streaming: bool = False
     """Read tar shards, parquet files or a Hub repository from one end to the other, each process its own shards, rather
     than in any order: for data that fit neither in memory nor on the disk."""
@@ -376,6 +377,7 @@ class LdmConfig(RunConfig):
             (0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout), "joint_dropout",
              "at most caption_dropout and image_embedding_dropout"),
             (self.num_train_timesteps > 0, "num_train_timesteps", "> 0"),
+            (simple or self.num_train_timesteps > 1, "num_train_timesteps", f"> 1 with objective={self.objective}"),
             (0 <= self.max_noise_level < NOISE_LEVELS, "max_noise_level", f"in [0, {NOISE_LEVELS})"),
         ):  # fmt: skip
             require(holds, name, getattr(self, name), allowed)

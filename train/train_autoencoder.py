@@ -106,6 +106,7 @@ def main() -> None:
     tracker = Tracker(folder, first_step, training, accelerator.is_main_process)
     interruption = Interruption(accelerator, training.timeout_seconds)
     guard = failure.Guard(accelerator, optimizer, folder, resumed)
+    discriminator_guard = failure.Guard(accelerator, discriminator_optimizer, folder, of="discriminator")
 
     for number, batch in enumerate(loader, start=first_step * share.accumulation):
         step, accumulation_step = divmod(number, share.accumulation)
@@ -149,8 +150,12 @@ def main() -> None:
             if adversarial:
                 judged = discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
                 accelerator.backward(judged)
+                discriminator_guard.saw(judged, batch["indices"])
                 if accelerator.sync_gradients:
-                    optim.clip_gradients(accelerator, discriminator_optimizer, discriminator, training.max_grad_norm)
+                    norm = optim.clip_gradients(
+                        accelerator, discriminator_optimizer, discriminator, training.max_grad_norm
+                    )
+                    discriminator_guard.check(norm, step=step + 1, learning_rate=rate)
                 discriminator_optimizer.step()
                 discriminator_optimizer.zero_grad()
                 metrics["discriminator"] = judged
@@ -166,6 +171,7 @@ def main() -> None:
         due = done % training.checkpoint_every == 0 or done == training.max_steps
         if due or stopped_by:
             guard.settle()
+            discriminator_guard.settle()
             state = guard.state() | share.state() | data_state(accelerator, data, batch)
             tensors = {
                 "model": autoencoder.state_dict(),
@@ -208,6 +214,7 @@ def build(config: AutoencoderConfig) -> nn.Module:
     if config.init != "scratch":
         component = "vae" if config.kind == "kl" else "autoencoder"
         autoencoder = kind.from_pretrained(run.component_folder(config.init, "init", component, (kind.__name__,)))
+        run.check_agrees(config.init, "autoencoder", autoencoder.config, config.model)
     else:
         side = config.data.image_size
         sizes = {} if config.kind == "kl" else {"image_shape": (1 if config.greyscale else 3, side, side)}

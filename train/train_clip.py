@@ -7,10 +7,12 @@ Leaves `<output_dir>/model/{text_encoder,image_encoder,tokenizer,image_processor
 
 import math
 import sys
+from typing import Any
 
 import torch
 from open_clip import ClipLoss
 from open_clip.loss import gather_features
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from ldm import configuration
 from ldm.clip import augment, export
@@ -60,9 +62,13 @@ def main() -> None:
             context_length=config.context_length,
         )
     else:
+        sizes = export.arguments_of(
+            CLIPTextConfig.from_pretrained(run.component_folder(config.init, "init", "text_encoder")),
+            CLIPVisionConfig.from_pretrained(run.component_folder(config.init, "init", "image_encoder")),
+        )
+        run.check_fits("init", config.init, "image tower", sizes, image_size=config.data.image_size)
+        check_agrees(config, sizes)
         started_from = export.load(run.component_folder(config.init, "init", "image_encoder").parent)
-        image_config = started_from.image_encoder.config.to_dict()
-        run.check_fits("init", config.init, "image tower", image_config, image_size=config.data.image_size)
         if not started_from.reads_plain_pixels:
             raise UserError(
                 f"init {config.init}: its image tower reads pixels of mean {started_from.image_mean}, not in [-1, 1]; "
@@ -187,6 +193,18 @@ def main() -> None:
     tracker.close()
     interruption.close()
     accelerator.end_training()
+
+
+def check_agrees(config: ClipConfig, sizes: dict[str, Any]) -> None:
+    """Raises UserError where the configuration describes another CLIP than that of `init`, of these sizes. The default
+    context_length describes none, and vocabulary_size is what there may be at most."""
+    given = {}
+    if config.context_length != ClipConfig.context_length:
+        given["context_length"] = config.context_length
+    if config.vocabulary_size is not None and config.vocabulary_size < sizes["vocabulary_size"]:
+        given["vocabulary_size"] = config.vocabulary_size
+    run.check_agrees(config.init, "CLIP", sizes, given, section="")
+    run.check_agrees(config.init, "CLIP", sizes, config.model)
 
 
 def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream):

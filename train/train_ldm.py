@@ -241,6 +241,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
         unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
     else:
         unet = UNet2DConditionModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        run.check_agrees(config.init, "U-Net", unet.config, config.model)
         run.check_fits(
             "init",
             config.init,

@@ -60,6 +60,7 @@ def main() -> None:
         prior = PriorTransformer(**config.model, **shape)
     else:
         prior = PriorTransformer.from_pretrained(run.component_folder(config.init, "init", "prior"))
+        run.check_agrees(config.init, "prior", prior.config, config.model)
         run.check_fits("init", config.init, "prior", prior.config, **shape)
     # The prior predicts standardised embeddings; stock pipelines undo it with these two parameters.
     mean, std = data.embedding_statistics()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -125,6 +126,25 @@ def text_config(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextConf
     )
 
 
+def arguments_of(text: CLIPTextConfig, vision: CLIPVisionConfig) -> dict[str, Any]:
+    """Of `build`, for the model whose towers have these configurations."""
+    return {
+        "embedding_dim": text.projection_dim,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "vision_width": vision.hidden_size,
+        "vision_layers": vision.num_hidden_layers,
+        "vision_heads": vision.num_attention_heads,
+        "text_width": text.hidden_size,
+        "text_layers": text.num_hidden_layers,
+        "text_heads": text.num_attention_heads,
+        "vocabulary_size": text.vocab_size,
+        "context_length": text.max_position_embeddings,
+        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        "text_mlp_ratio": text.intermediate_size / text.hidden_size,
+    }
+
+
 def from_transformers(
     text_encoder: CLIPTextModelWithProjection, image_encoder: CLIPVisionModelWithProjection
 ) -> open_clip.CLIP:
@@ -133,33 +153,23 @@ def from_transformers(
     Raises:
         UserError: an activation other than GELU.
     """
-    text, vision = text_encoder.config, image_encoder.config
-    for name, config in (("text_encoder", text), ("image_encoder", vision)):
-        if config.hidden_act != "gelu":
-            raise UserError(f"init: {name} has activation {config.hidden_act!r}; only 'gelu' can be trained further")
-    model = build(
-        embedding_dim=text.projection_dim,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        vision_width=vision.hidden_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads,
-        text_width=text.hidden_size,
-        text_layers=text.num_hidden_layers,
-        text_heads=text.num_attention_heads,
-        vocabulary_size=text.vocab_size,
-        context_length=text.max_position_embeddings,
-        # open_clip cuts the product with the width to a whole number
-        mlp_ratio=(vision.intermediate_size + 0.5) / vision.hidden_size,
-        text_mlp_ratio=(text.intermediate_size + 0.5) / text.hidden_size,
-    )
+    for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
+        if encoder.config.hidden_act != "gelu":
+            activation = encoder.config.hidden_act
+            raise UserError(f"init: {name} has activation {activation!r}; only 'gelu' can be trained further")
+    sizes = arguments_of(text_encoder.config, image_encoder.config)
+    ratios = {  # open_clip cuts their product with the width to a whole number
+        name: (config.intermediate_size + 0.5) / config.hidden_size
+        for name, config in (("mlp_ratio", image_encoder.config), ("text_mlp_ratio", text_encoder.config))
+    }
+    model = build(**sizes | ratios)
     state = {**text_encoder.state_dict(), **image_encoder.state_dict()}
     model.load_state_dict(
         {
             "logit_scale": model.logit_scale.detach(),
             "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
             "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
-            **_open_blocks(state, "text_model.encoder.layers", "transformer.resblocks", text.num_hidden_layers),
+            **_open_blocks(state, "text_model.encoder.layers", "transformer.resblocks", sizes["text_layers"]),
             **_layer_norm(state, "text_model.final_layer_norm", "ln_final"),
             "text_projection": state["text_projection.weight"].T,
             "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
@@ -167,7 +177,7 @@ def from_transformers(
             "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
             **_layer_norm(state, "vision_model.pre_layrnorm", "visual.ln_pre"),
             **_open_blocks(
-                state, "vision_model.encoder.layers", "visual.transformer.resblocks", vision.num_hidden_layers
+                state, "vision_model.encoder.layers", "visual.transformer.resblocks", sizes["vision_layers"]
             ),
             **_layer_norm(state, "vision_model.post_layernorm", "visual.ln_post"),
             "visual.proj": state["visual_projection.weight"].T,

@@ -45,8 +45,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self._read_image, self._read_captions = read_image, read_captions
         pixels = 3 * config.image_size**2
         self._pixels = _shared(length * pixels).reshape(length, pixels) if length * pixels <= _MEMORY_LIMIT else None
-        self._is_read = _shared(length)
-        self._unreadable: set[int] = set()
+        self._is_read, self._is_unreadable = _shared(length), _shared(length)
 
     buckets = None
     """All images are of one shape."""
@@ -56,8 +55,8 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     @property
     def unreadable(self) -> int:
-        """How many of the samples that were asked for so far cannot be decoded."""
-        return len(self._unreadable)
+        """How many of the samples that were asked for so far, by all data workers, cannot be decoded."""
+        return int(self._is_unreadable.sum())
 
     def captions(self, index: int) -> list[str]:
         """Every caption of sample `index`; the first is the canonical one."""
@@ -101,14 +100,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         Raises:
             RunError: more than data.max_bad_fraction of all samples cannot, or none can.
         """
-        if index in self._unreadable:
-            return None
-        try:
-            return self.pixels(index)
-        except RunError as error:
-            self._unreadable.add(index)
-            tqdm.write(f"warning: {error}; skipped", file=sys.stderr)
-        self.check_readable(len(self._unreadable))
+        if not self._is_unreadable[index]:
+            try:
+                return self.pixels(index)
+            except RunError as error:
+                self._is_unreadable[index] = 1
+                tqdm.write(f"warning: {error}; skipped", file=sys.stderr)
+        self.check_readable(self.unreadable)
         return None
 
     def check_readable(self, bad: int) -> None:
@@ -139,7 +137,8 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 
 def _shared(count: int) -> np.ndarray:
-    """Zeros (count,) uint8 in memory that data workers have in common, so that they decode an image once, not each."""
+    """Zeros (count,) uint8 in memory that data workers have in common, so that they decode an image, or fail to, once,
+    not each."""
     return np.frombuffer(mmap.mmap(-1, max(count, 1)), np.uint8, count)
 
 

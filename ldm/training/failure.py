@@ -60,10 +60,16 @@ class Guard:
     """
 
     def __init__(
-        self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, folder: Path, resumed: Saved | None = None
+        self,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        resumed: Saved | None = None,
+        of: str = "",
     ):
-        """`resumed`: the checkpoint that the run goes on from, which holds what `state` gave."""
-        self.accelerator, self.optimizer, self.folder = accelerator, optimizer, folder
+        """`resumed`: the checkpoint that the run goes on from, which holds what `state` gave. `of`: whose loss and
+        gradients it guards, where a run has several."""
+        self.accelerator, self.optimizer, self.folder, self.of = accelerator, optimizer, folder, of
         # Accelerate's own `step_was_skipped` is never true of fused optimisers, which skip by themselves.
         self.is_late = accelerator.device.type == "cuda" and accelerator.scaler is None and _can_skip(optimizer)
         self.skipped_updates = 0
@@ -128,6 +134,7 @@ class Guard:
         everyones = gather_object([torch.cat(numbers.samples).tolist()])
         at_fault = [rank for rank, value in enumerate(values) if not value.isfinite()]
         samples = [sample for rank in at_fault for sample in everyones[rank]]
+        name = f"{self.of}'s {name}" if self.of else name
         if not self.accelerator.is_main_process:
             raise SystemExit(1)
         record = {

@@ -84,8 +84,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
 
 
 def moving_average(model: torch.nn.Module, decay: float) -> EMAModel:
-    """Average of the trained weights with the warm-up min(decay, (1 + step) / (10 + step))."""
-    return EMAModel(trained(model).values(), decay=decay)
+    """Average of the trained weights with the warm-up min(decay, (1 + step) / (10 + step)). With decay 0 it is the
+    weights themselves, not a copy."""
+    ema = EMAModel(trained(model).values() if decay else [], decay=decay)
+    if not decay:
+        ema.shadow_params = [weight.detach() for weight in trained(model).values()]
+    return ema
 
 
 @torch.no_grad()

@@ -145,13 +145,13 @@ def claim(config: RunConfig, accelerator: Accelerator) -> Path:
     return folder
 
 
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"output_dir {folder} cannot be written: {error.strerror}")
+def cannot_write(folder: Path, error: OSError, option: str = "output_dir") -> UserError:
+    return UserError(f"{option} {folder} cannot be written: {error.strerror}")
 
 
-def lock(folder: Path, doing: str) -> None:
-    """Makes `folder` where there is none, and keeps other processes out of it until this one ends, however it ends:
-    the system lets go of the lock. A process may lock a folder again.
+def lock(folder: Path, doing: str, option: str = "output_dir") -> None:
+    """Makes `folder`, which `option` names, where there is none, and keeps other processes out of it until this one
+    ends, however it ends: the system lets go of the lock. A process may lock a folder again.
 
     Raises:
         UserError: the folder cannot be written, or another process has locked it.
@@ -160,13 +160,13 @@ def lock(folder: Path, doing: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise cannot_write(folder, error, option) from None
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         owner = os.read(descriptor, 32).decode() or "unknown"
         raise UserError(
-            f"output_dir {folder} is being {doing} by process {owner}; wait for it to end, or choose another"
+            f"{option} {folder} is being {doing} by process {owner}; wait for it to end, or choose another"
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
@@ -230,6 +230,21 @@ def component_folder(run: str, option: str, component: str, classes: tuple[str, 
         f"{option} {run}: component {component!r} missing: expected {root / 'model' / component / 'config.json'}"
         "; has that run finished?"
     )
+
+
+def check_agrees(
+    init: str, component: str, stored: Mapping[str, Any], given: Mapping[str, Any], section: str = "model."
+) -> None:
+    """Raises UserError where what the user gave describes another network than the one in `init`, which is trained on
+    as it is."""
+    for name, value in given.items():
+        there = stored.get(name)
+        there = list(there) if isinstance(there, tuple) else there
+        if there != value:
+            raise UserError(
+                f"{section}{name} {value}: the {component} of init {init} has {there}, and is trained on as it is; "
+                "give that, or set init=scratch"
+            )
 
 
 def check_fits(option: str, run: str, component: str, stored: Mapping[str, Any], **needed: Any) -> None:

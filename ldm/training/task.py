@@ -150,6 +150,7 @@ def in_pixel_space(config: LdmConfig, share: Share) -> Task:
         unet = configuration.built("model", UNet2DModel, {**config.model, **sizes})
     else:
         unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet", ("UNet2DModel",)))
+        run.check_agrees(config.init, "U-Net", unet.config, config.model)
         run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
     if side % (factor := 2 ** (len(unet.config.block_out_channels) - 1)):
         raise UserError(f"data.image_size {side}: the U-Net halves images to a {factor}th; take a multiple of {factor}")

@@ -34,13 +34,13 @@ def distance_figures(
     """
     known, size = gaussian_of(reference), min(SUBSET_SIZE, len(drawn), len(reference))
     kernel = kernel_distance(drawn, reference, size, SUBSETS, seed)[0]
-    subsets = "; ".join(filter(None, (f"mean over {SUBSETS} subsets of {size:,} images", said.get("remark"))))
     rows = [
         Figure(
             part=part, name=frechet_name(said["network"]), better="lower",
             value=frechet_distance(drawn, known), images=len(drawn),
             interval=frechet_interval(drawn, lambda some: frechet_distance(some, known), drawn.shape[1], seed),
-            real=None if real is None else frechet_distance(real, known), **said,
+            real=None if real is None else frechet_distance(real, known),
+            **also_saying(few_rounds(drawn.shape[1]), said),
         ),
         Figure(
             part=part, name="kernel distance" if said["network"] != INCEPTION else "KID", better="lower",
@@ -48,7 +48,7 @@ def distance_figures(
             interval=kernel_interval(kernel, reference, drawn, ROUNDS, seed),
             real=None if real is None else kernel_distance(
                 real, reference, min(size, len(real)), SUBSETS, seed
-            )[0], **said | {"remark": subsets},
+            )[0], **also_saying(f"mean over {SUBSETS} subsets of {size:,} images", said),
         ),
     ]  # fmt: skip
     radii = distances.radii(reference, NEIGHBOURS)  # which take longest, of thousands of images
@@ -66,6 +66,11 @@ def distance_figures(
     return rows
 
 
+def also_saying(remark: str, said: dict[str, str]) -> dict[str, str]:
+    """What is said of every figure, with a remark on one."""
+    return said | {"remark": "; ".join(filter(None, (remark, said.get("remark"))))}
+
+
 def frechet_name(network: str) -> str:
     """The field's name is of one network's features alone."""
     return "FID" if network == INCEPTION else "Fréchet distance"
@@ -73,8 +78,18 @@ def frechet_name(network: str) -> str:
 
 def frechet_interval(rows: Tensor, distance: Callable[[Tensor], float], size: int, seed: int) -> tuple[float, float]:
     """Of the Fréchet `distance` of rows (N, …), one an image, in features of `size` numbers."""
-    rounds = max(10, min(ROUNDS, int(ROUNDS * (LARGE / size) ** 3)))
-    return within(bootstrap(distance, rows, rounds, seed))
+    return within(bootstrap(distance, rows, frechet_rounds(size), seed))
+
+
+def frechet_rounds(size: int) -> int:
+    """Resamples that such an interval is made of."""
+    return max(10, min(ROUNDS, int(ROUNDS * (LARGE / size) ** 3)))
+
+
+def few_rounds(size: int) -> str:
+    """What is to be known of a `frechet_interval` in features of `size` numbers, if anything."""
+    rounds = frechet_rounds(size)
+    return "" if rounds == ROUNDS else f"its interval is a rough one, of {rounds} resamples where others have {ROUNDS}"
 
 
 def within(interval: tuple[float, float], low: float = 0.0, high: float = math.inf) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from ldm.evaluation.prior import prior_cosines
 from ldm.evaluation.reconstruction import lpips_weights, open_lpips, psnr, ssim
 from ldm.evaluation.report import Figure
 from pipelines.evaluation.drawing import picture_generator
-from pipelines.evaluation.images import frechet_interval, frechet_name, mean_interval
+from pipelines.evaluation.images import also_saying, few_rounds, frechet_interval, frechet_name, mean_interval
 from pipelines.evaluation.model import PixelSpace, TextToImage
 from pipelines.evaluation.stored import Pictures
 
@@ -68,7 +68,8 @@ def reconstruction_distance(originals: Tensor, restored: Tensor, seed: int, **sa
     return Figure(
         part="Autoencoder", name=f"reconstruction {frechet_name(said['network'])}", better="lower",
         value=frechet_distance(originals, restored), images=len(restored),
-        interval=frechet_interval(both, lambda some: frechet_distance(*some.split(width, dim=1)), width, seed), **said,
+        interval=frechet_interval(both, lambda some: frechet_distance(*some.split(width, dim=1)), width, seed),
+        **also_saying(few_rounds(width), said),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     _check_enough(arguments, data)
     settings = _settings(arguments, name, folder, painter, data, judges)
     claim(output, settings)
-    lock(output, "written")
+    lock(output, "written", "--output")
     seconds = {"opening": round(perf_counter() - begin, 1)}
 
     begin = perf_counter()

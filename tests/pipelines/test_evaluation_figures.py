@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.evaluation.distances import frechet_distance
+from pipelines.evaluation import images
 from pipelines.evaluation.images import distance_figures, memory_figures
 from pipelines.evaluation.parts import reconstruction_distance
 from pipelines.evaluation.pictures import FONT, _wrapped
@@ -32,6 +33,16 @@ def test_a_kernel_distance_says_of_which_subsets_it_is_a_mean():
     remarks = {figure.name: figure.remark for figure in figures}
     assert remarks.pop("kernel distance") == "mean over 100 subsets of 30 images; said"
     assert set(remarks.values()) == {"said"}
+
+
+def test_an_interval_of_few_resamples_says_so(monkeypatch):
+    assert "of 10 resamples" in images.few_rounds(768) and images.few_rounds(256) == ""
+    monkeypatch.setattr(images, "LARGE", 2)
+    drawn, real = normal(30, 4, seed=0), normal(40, 4, seed=1)
+    figures = distance_figures("Part", drawn, None, real, 0, **SAID)
+    for figure in (figures[0], reconstruction_distance(drawn, real[:30], seed=0, **SAID)):
+        assert figure.remark == "its interval is a rough one, of 25 resamples where others have 200; said"
+    assert "resamples" not in "".join(figure.remark for figure in figures[1:])
 
 
 def test_farther_from_training_images_than_others_lie_is_not_better():

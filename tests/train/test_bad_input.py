@@ -130,6 +130,24 @@ def test_weights_to_start_from_that_do_not_fit(runs, arguments_of, run_script, f
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "override", "words"),
+    [
+        ("clip", "model.text_layers=2", "model.text_layers 2: the CLIP of init {init} has 1"),
+        ("clip", "context_length=20", "context_length 20: the CLIP of init {init} has 16"),
+        ("clip", "vocabulary_size=515", "vocabulary_size 515: the CLIP of init {init} has 5"),
+        ("autoencoder", "model.layers_per_block=3", "model.layers_per_block 3: the autoencoder of init {init} has 1"),
+        ("prior", "model.num_layers=2", "model.num_layers 2: the prior of init {init} has 1"),
+        ("ldm", "model.block_out_channels=[16,64]", "model.block_out_channels [16, 64]: the U-Net of init {init} has"),
+    ],
+)
+def test_another_network_than_that_to_start_from(runs, arguments_of, fails, tmp_path, stage, override, words):
+    init = runs / stage
+    line = fails(stage, arguments_of(stage, runs, tmp_path / "run", f"init={init}", override))
+    assert words.format(init=init) in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("stage", ["clip", "autoencoder", "prior", "ldm"])
 def test_folder_in_use_is_left_as_it_is(runs, arguments_of, fails, tree, stage):
     before = tree(runs / stage)

@@ -131,6 +131,7 @@ def test_the_bound_of_latents(runs, arguments_of, run_script, tmp_path):
         (["variance=learned_range"], "variance must be .* fixed with objective=simple, got learned_range"),
         (["timestep_sampling=importance"], "timestep_sampling must be uniform or logit_normal unless objective is vlb"),
         (["objective=vlb", "min_snr_gamma=5"], "min_snr_gamma must be null with objective=vlb, got 5.0"),
+        (["objective=vlb", "num_train_timesteps=1"], "num_train_timesteps must be > 1 with objective=vlb, got 1"),
         (["sample_prompts=[a seven]", "prior=x"], "sample_prompts must be empty in pixel space"),
         (["class_conditional=true", "data.source=shapes", "data.max_images=2000"], "at most 999 can be classes"),
         (["model.norm_num_groups=5"], "model: num_channels .8. must be divisible by num_groups .5."),

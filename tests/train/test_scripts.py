@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ldm import configuration
+from ldm.autoencoders import discriminator
 from ldm.config import LdmConfig
 from pipelines import LatentDiffusionPipeline
 from pipelines.cli import main as ldm_command
@@ -31,6 +32,18 @@ def test_every_step_is_logged(runs, stage):
     assert sorted(steps) == [1, 2, 3, 4]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert list((runs / stage / "tensorboard").glob("events.*"))
+
+
+def test_a_discriminator_whose_loss_is_no_number_is_never_saved(
+    runs, arguments_of, run_script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(discriminator, "discriminator_loss", lambda real, fake: (real - fake).mean() * math.nan)
+    arguments = arguments_of("autoencoder", runs, tmp_path / "run", "training.checkpoint_every=1")
+    assert run_script("autoencoder", arguments) == 1
+    assert "step 2: the discriminator's loss is nan" in capsys.readouterr().err
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert kept.name == "step-000001"
+    assert all(value.isfinite().all() for value in load_file(kept / "discriminator.safetensors").values())
 
 
 @pytest.mark.parametrize("stage", TRAINED)

@@ -242,6 +242,16 @@ def test_too_many_of_them_stop_the_run(damaged):
         open_images(dataclasses.replace(damaged, max_bad_fraction=1.0), 0).__getitems__([(0, 0)])
 
 
+def test_those_of_all_data_workers_count_together(damaged, pictures):
+    """Two of four are too many; each of two workers meets one, and a good one in its place."""
+    (pictures / "yellow.png").write_bytes(b"no picture")
+    (pictures / "yellow.txt").write_text("yellow")
+    data = open_images(damaged, 0)
+    with pytest.raises(RunError, match="2 of the 4 images"):
+        list(DataLoader(data, batch_sampler=[[(0, 1)], [(0, 3)]], num_workers=2, collate_fn=as_is))
+    assert data.unreadable == 2
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     (tmp_path / "bomb.txt").write_text("words")

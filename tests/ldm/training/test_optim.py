@@ -74,6 +74,22 @@ def test_the_average_is_diffusers_own():
     torch.testing.assert_close(ema.shadow_params, theirs.shadow_params, rtol=1e-6, atol=1e-7)
 
 
+def test_an_average_of_decay_0_is_the_weights_and_no_copy():
+    model, optimizer, _ = new()
+    ema = optim.moving_average(model, 0)
+    for step in range(3):
+        step_once(model, optimizer, ema, step)
+    weights = list(model.parameters())
+    for weight, average in zip(weights, ema.shadow_params, strict=True):
+        assert average.data_ptr() == weight.data_ptr() and not average.requires_grad
+    saved = {name: value.clone() for name, value in optim.ema_tensors(ema, model).items()}
+    before = [weight.detach().clone() for weight in weights]
+    with optim.averaged(ema, model):
+        optim.load_ema(ema, model, saved, 3)
+    ema.copy_to(weights)
+    assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
+
+
 def test_vectors_are_not_decayed():
     model, optimizer, _ = new()
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
