@@ -163,6 +163,8 @@ def main() -> None:
         tracker.collect(**metrics)
         if not accelerator.sync_gradients:
             continue
+        if training.compile and step == first_step:
+            memory.give_back()
         if guard.is_update:
             optim.update_average(ema, autoencoder)
         done = step + 1

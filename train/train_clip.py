@@ -143,6 +143,8 @@ def main() -> None:
         if guard.is_update:
             optim.update_average(ema, model)
         tracker.collect(clip_loss=clip_loss)
+        if training.compile and step == first_step:
+            memory.give_back()
 
         done = step + 1
         if done % training.log_every == 0 or done == training.max_steps:

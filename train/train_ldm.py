@@ -164,6 +164,8 @@ def main() -> None:
         if not accelerator.sync_gradients:
             continue
         done = step + 1
+        if training.compile and step == first_step:
+            memory.give_back()
         if guard.is_update:
             optim.update_average(ema, unet)
             averages.update(power_averages, unet, done)
@@ -196,6 +198,7 @@ def main() -> None:
                         tracker.log(done, **validation_losses(config, network, task, alpha_bar))
             if images is not None:
                 tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
+            memory.give_back()
 
     # Export: averaged weights
     with optim.averaged(ema, unet) as network:

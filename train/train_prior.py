@@ -132,6 +132,8 @@ def main() -> None:
         tracker.collect(loss=loss)
         if not accelerator.sync_gradients:
             continue
+        if training.compile and step == first_step:
+            memory.give_back()
         if guard.is_update:
             optim.update_average(ema, prior)
         done = step + 1

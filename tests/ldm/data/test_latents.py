@@ -155,8 +155,8 @@ def test_a_data_worker_gets_the_files_names_and_not_what_is_in_them(cache, encod
     assert read == {name: values.tolist() for name, values in data.__getitems__([(0, 4)]).items()}
 
 
-def test_opening_a_cache_reads_no_records(cache, encoders):
-    """What is mapped of a 64 MiB shard before and after one of its records is asked for."""
+def test_neither_opening_nor_reading_a_cache_keeps_records_in_memory(cache, encoders):
+    """What this process holds of a 64 MiB shard."""
     data = CachedLatents(cache, 0, encoders / "vae", encoders)
     rows = 2**20
     path = write_shard(cache, "images", {"latent_mean": torch.ones(rows, 16), "keys": keys(1).expand(rows, 32).clone()})
@@ -167,8 +167,9 @@ def test_opening_a_cache_reads_no_records(cache, encoders):
 
     data.images = Records([path])
     assert resident() < 4
+    assert data.images.shards[0]["latent_mean"].sum() == 16 * rows and resident() > 32
     data.images.read(("latent_mean",), np.arange(0, rows, 16))
-    assert resident() > 32
+    assert resident() < 4
 
 
 @pytest.mark.parametrize("component", ["vae", "text_encoder", "image_encoder"])

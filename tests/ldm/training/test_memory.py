@@ -1,8 +1,11 @@
 """Micro-batches in as much memory as there is: a real limit, set by the system."""
 
+import gc
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +98,24 @@ def test_gradients_are_the_same_with_activations_computed_twice():
 def test_networks_that_cannot():
     with pytest.raises(UserError, match="Linear cannot do it"):
         memory.checkpoint_gradients(torch.nn.Linear(1, 1))
+
+
+def test_memory_that_is_no_longer_used_is_given_back():
+    """64 MiB in reference cycles, between blocks that stay."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    gc.disable()  # so that the cycles are there until they are asked for
+    try:
+        kept = []
+        for _ in range(2**10):
+            cycle = [b"x" * 2**16]
+            cycle.append(cycle)
+            kept.append(b"x" * 1000)
+        del cycle
+        before = resident()
+        memory.give_back()
+    finally:
+        gc.enable()
+    assert len(kept) == 2**10 and resident() < before - 48
