@@ -198,7 +198,8 @@ def main() -> None:
                         tracker.log(done, **validation_losses(config, network, task, alpha_bar))
             if images is not None:
                 tracker.pictures(done, images, columns=10 if config.sample_prompts else 8)
-            memory.give_back()
+            if training.compile:
+                memory.give_back()
 
     # Export: averaged weights
     with optim.averaged(ema, unet) as network:
