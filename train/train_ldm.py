@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -245,7 +246,6 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
         unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
     else:
         unet = UNet2DConditionModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
-        run.check_agrees(config.init, "U-Net", unet.config, config.model)
         run.check_fits(
             "init",
             config.init,
@@ -260,6 +260,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
                 f"init {config.init}: its U-Net was trained with size_conditioning={not config.size_conditioning}; "
                 "set it alike"
             )
+        run.check_agrees(config.init, "U-Net", unet.config, model_arguments(config, embedding_dim))
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     odd = [shape for shape in data.latent_shapes if shape[1] % factor or shape[2] % factor]
     if len(data.latent_shapes) > 1 and odd:
@@ -348,7 +349,6 @@ def build_unet(
     config: LdmConfig, latent_shape: tuple[int, int, int], text_width: int, embedding_dim: int
 ) -> UNet2DConditionModel:
     """The U-Net of `config.model`, with the shapes that follow from the other stages."""
-    arguments = {**config.model, **unet_arguments(2 * embedding_dim)} if config.size_conditioning else config.model
     sizes = {
         "sample_size": latent_shape[1],
         "in_channels": latent_shape[0],
@@ -356,7 +356,13 @@ def build_unet(
         "cross_attention_dim": text_width,
         "projection_class_embeddings_input_dim": 2 * embedding_dim,
     }
-    return configuration.built("model", UNet2DConditionModel, {**arguments, **sizes, "class_embed_type": "projection"})
+    arguments = {**model_arguments(config, embedding_dim), **sizes, "class_embed_type": "projection"}
+    return configuration.built("model", UNet2DConditionModel, arguments)
+
+
+def model_arguments(config: LdmConfig, embedding_dim: int) -> dict[str, Any]:
+    """`config.model`, and what tells the U-Net sizes where it is told them."""
+    return {**config.model, **unet_arguments(2 * embedding_dim)} if config.size_conditioning else config.model
 
 
 def samples(

@@ -159,6 +159,9 @@ def test_a_unet_that_is_told_sizes_draws_with_our_pipeline(folder, arguments_of,
     with pytest.raises(UserError, match=r"original_size is 400; it must be two numbers of pixels"):
         draw(original_size=400)
 
+    again = [*further, "training.max_steps=1", f"init={tmp_path / 'ldm'}"]
+    assert run_script("ldm", arguments_of("ldm", folder, tmp_path / "again", *again)) == 0
+
     # Weights that are told sizes are not those of a run that does not tell them, nor the other way round
     line = fails("ldm", arguments_of("ldm", folder, tmp_path / "none", f"init={tmp_path / 'ldm'}"))
     assert "was trained with size_conditioning=True; set it alike" in line
