@@ -41,8 +41,7 @@ class DataConfig:
     max_images: int | None = None
     """Read only so many; the length of the series with `shapes`."""
     max_bad_fraction: float = 0.05
-    """Images that cannot be decoded are skipped and named; more than this share of all stops the run. When streaming,
-    of those that a process has read of its own shards, once these are 100 or all."""
+    """Images that cannot be decoded are skipped; more than this share of all, or of those streamed, stops the run."""
     streaming: bool = False
     """Read tar shards, parquet files or a Hub repository from one end to the other, each process its own shards, rather
     than in any order: for data that fit neither in memory nor on the disk."""
@@ -51,8 +50,7 @@ class DataConfig:
     num_workers: int = 0
     """Processes that decode images; when streaming, threads of one process."""
     aspect_buckets: bool = False
-    """Whether cache_latents.py cuts each image to the size, of about image_size² pixels, nearest to its aspect ratio.
-    CLIP and the autoencoder see squares either way."""
+    """cache_latents.py cuts each image to the size of about image_size² pixels that is nearest to its aspect ratio."""
     bucket_step: int = 64
     """Sides of these sizes are multiples of so many pixels: the autoencoder's factor, times 2 for every halving of the
     U-Net."""
