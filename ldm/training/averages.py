@@ -121,7 +121,7 @@ def combined(folder: Path, length: float, step: int | None = None) -> tuple[int,
     if not 0 < length <= LONGEST:
         raise UserError(f"length must be in (0, {LONGEST}], got {length:g}")
     kept = snapshots(folder)
-    step = step or kept[-1].step
+    step = kept[-1].step if step is None else step
     kept = [snapshot for snapshot in kept if snapshot.step <= step]
     if not kept or kept[-1].step != step:
         there = ", ".join(str(number) for number in sorted({snapshot.step for snapshot in snapshots(folder)}))
