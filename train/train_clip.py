@@ -206,7 +206,11 @@ def check_agrees(config: ClipConfig, sizes: dict[str, Any]) -> None:
     if config.vocabulary_size is not None and config.vocabulary_size < sizes["vocabulary_size"]:
         given["vocabulary_size"] = config.vocabulary_size
     run.check_agrees(config.init, "CLIP", sizes, given, section="")
-    run.check_agrees(config.init, "CLIP", sizes, config.model)
+    model = dict(config.model)
+    for ratio, width in (("mlp_ratio", "vision_width"), ("text_mlp_ratio", "text_width")):
+        if ratio in model:  # which open_clip cuts to a whole number of units
+            model[ratio] = int(sizes[width] * model[ratio]) / sizes[width]
+    run.check_agrees(config.init, "CLIP", sizes, model)
 
 
 def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream):

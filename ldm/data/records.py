@@ -108,5 +108,5 @@ class Records:
                 else:
                     values[name] = part
             # What was read stays in the system's page cache, but would count as memory of this process.
-            next(iter(self.shards[shard].values())).base.madvise(mmap.MADV_DONTNEED)
+            self.shards[shard]["keys"].base.madvise(mmap.MADV_DONTNEED)
         return {name: torch.from_numpy(array) for name, array in values.items()}

@@ -6,7 +6,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from ldm.config import ClipConfig
 from ldm.data.latents import read_index
+from train.train_clip import check_agrees
 
 
 @pytest.fixture
@@ -134,6 +136,7 @@ def test_weights_to_start_from_that_do_not_fit(runs, arguments_of, run_script, f
     ("stage", "override", "words"),
     [
         ("clip", "model.text_layers=2", "model.text_layers 2: the CLIP of init {init} has 1"),
+        ("clip", "model.mlp_ratio=4.1", "model.mlp_ratio 4.0625: the CLIP of init {init} has 4.0"),
         ("clip", "context_length=20", "context_length 20: the CLIP of init {init} has 16"),
         ("clip", "vocabulary_size=515", "vocabulary_size 515: the CLIP of init {init} has 5"),
         ("autoencoder", "model.layers_per_block=3", "model.layers_per_block 3: the autoencoder of init {init} has 1"),
@@ -146,6 +149,12 @@ def test_another_network_than_that_to_start_from(runs, arguments_of, fails, tmp_
     line = fails(stage, arguments_of(stage, runs, tmp_path / "run", f"init={init}", override))
     assert words.format(init=init) in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_ratio_that_makes_the_same_network_agrees():
+    """open_clip cuts 16 · 4.03 to the 64 units that there are."""
+    config = ClipConfig(output_dir="run", init="clip", model={"mlp_ratio": 4.03})
+    check_agrees(config, {"vision_width": 16, "mlp_ratio": 4.0})
 
 
 @pytest.mark.parametrize("stage", ["clip", "autoencoder", "prior", "ldm"])
