@@ -67,7 +67,6 @@ def fitting_share(
     model.to(accelerator.device)
     sizes = (n for n in range(share.micro_batch_size - 1, 0, -1) if share.micro_batch_size % n == 0)
 
-    @find_executable_batch_size(starting_batch_size=share.micro_batch_size, reduce_batch_size_fn=lambda: next(sizes, 0))
     def tried(micro_batch_size: int) -> int:
         _held = [torch.empty_like(weight) for weight in trained(model).values() for _ in range(COPIES)]
         try:
@@ -76,8 +75,10 @@ def fitting_share(
             model.zero_grad(set_to_none=True)
         return micro_batch_size
 
+    # Not as a decorator: before 1.14, Accelerate's forgets how to reduce
+    search = find_executable_batch_size(tried, share.micro_batch_size, lambda: next(sizes, 0))
     try:
-        fits = tried()
+        fits = search()
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
