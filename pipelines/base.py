@@ -213,6 +213,7 @@ class LatentDiffusionBase(LatentDiffusionFolder):
             for part in self._check_prior_prompt(prompt_embeds, device)
         )
         batch = len(embeds) // 2
+        check_generator(generator, batch)
         text_embeds = embeds[batch:]
         if not guided:
             embeds, tokens, masks = (part[batch:] for part in (embeds, tokens, masks))
@@ -303,6 +304,18 @@ def _tokenize(tokenizer: CLIPTokenizer, texts: list[str]):
 
 def given_or(value, default):
     return default if value is None else value
+
+
+def check_generator(generator: object, batch: int | None = None) -> None:
+    """Raises `UserError` for anything but a generator, or a list of them, `batch` long where that is known."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if (one is None and one is not generator) or not isinstance(one, torch.Generator | None):
+            raise UserError(
+                f"generator holds a {type(one).__name__} ({one!r}); give torch.Generator().manual_seed(0), or a list "
+                "of such"
+            )
+    if isinstance(generator, list) and batch is not None and len(generator) != batch:
+        raise UserError(f"generator is a list of {len(generator)}; {batch} images need as many")
 
 
 def check_steps(name: str, steps: object, scheduler: SchedulerMixin) -> None:

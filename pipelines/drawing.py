@@ -14,7 +14,7 @@ from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, s
 from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
 from pipelines.adapters import TakesAdapters
-from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_steps, given_or
+from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_generator, check_steps, given_or
 from pipelines.checks import check_count, check_interval, check_pair, check_scale, check_shape, check_share
 from pipelines.folder import DEFAULT_SETTINGS
 
@@ -354,18 +354,6 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
 def _sample(encoded: Any, generator: torch.Generator | None) -> Tensor:
     """Latents of an encoder's output: autoencoders other than `AutoencoderKL` may have no distribution."""
     return encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-
-
-def check_generator(generator: object, batch: int | None = None) -> None:
-    """Raises `UserError` for anything but a generator, or a list of them, `batch` long where that is known."""
-    for one in generator if isinstance(generator, list) else [generator]:
-        if (one is None and one is not generator) or not isinstance(one, torch.Generator | None):
-            raise UserError(
-                f"generator holds a {type(one).__name__} ({one!r}); give torch.Generator().manual_seed(0), or a list "
-                "of such"
-            )
-    if isinstance(generator, list) and batch is not None and len(generator) != batch:
-        raise UserError(f"generator is a list of {len(generator)}; {batch} images need as many")
 
 
 def timesteps_of_strength(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> Tensor:

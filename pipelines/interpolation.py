@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ldm.diffusion.interpolation import slerp
 from ldm.errors import UserError
-from pipelines.base import Generators, PriorPrompt, step_options
+from pipelines.base import Generators, PriorPrompt, check_generator, step_options
 from pipelines.checks import check_count, check_prompt, known_arguments
-from pipelines.drawing import Callback, Condition, check_generator
+from pipelines.drawing import Callback, Condition
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
 from pipelines.packing import draws_packed
 from pipelines.pictures import Pictures

@@ -13,7 +13,6 @@ from ldm import hub
 from ldm.errors import RunError, UserError
 from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, given_or, warn_of_cut
 from pipelines.checks import check_count, check_prompt, check_share, known_arguments
-from pipelines.drawing import check_generator
 from pipelines.folder import refuse_code_and_pickles
 
 OUTPUT_TYPES = ("pt", "np")
@@ -99,8 +98,6 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
         if prior_prompt_embeds is None:
             prompt = check_prompt("prompt", prompt)
             warn_of_cut("prompt", self.prior_tokenizer, prompt)
-            check_generator(generator, len(prompt) * num_images_per_prompt)
-        check_generator(generator)
         image_embeds = self.sample_image_embeds(
             prompt,
             num_images_per_prompt,

@@ -201,3 +201,10 @@ def test_images_are_as_many_as_needed(call, name, image, message):
     with pytest.raises(UserError) as caught:
         call(name, image=image)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_generators_are_as_many_as_the_embeddings_that_a_read_prompt_gives(family):
+    prior = family["LatentDiffusionPriorPipeline"]
+    read = prior.encode_prompt(["a cat", "a dog"], torch.device("cpu"))[2]
+    with pytest.raises(UserError, match="generator is a list of 3; 4 images need as many"):
+        prior(prior_prompt_embeds=read, num_images_per_prompt=2, generator=[torch.Generator()] * 3)
