@@ -139,7 +139,10 @@ class LatentDiffusionBase(LatentDiffusionFolder):
                 "negative_prompt", "" if negative_prompt is None else negative_prompt, may_be_empty=True
             )
             if len(negative) not in (1, batch):
-                raise UserError(f"negative_prompt has {len(negative)} texts for {batch} prompts; give one, or {batch}")
+                raise UserError(
+                    f"negative_prompt holds {len(negative)} texts; give one for all prompts, or as many as prompts, "
+                    f"{batch}"
+                )
             negative_prompt_embeds = self._read("negative_prompt", negative, device).expand(batch, -1, -1)
 
         dtype = (self.text_encoder if self.unet is None else self.unet).dtype
@@ -315,7 +318,7 @@ def check_generator(generator: object, batch: int | None = None) -> None:
                 "of such"
             )
     if isinstance(generator, list) and batch is not None and len(generator) != batch:
-        raise UserError(f"generator is a list of {len(generator)}; {batch} images need as many")
+        raise UserError(f"generator is a list of {len(generator)}; give one generator, or as many as images, {batch}")
 
 
 def check_steps(name: str, steps: object, scheduler: SchedulerMixin) -> None:

@@ -111,4 +111,4 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
 def check_pictures_of(name: str, count: int, prompts: int) -> None:
     """Raises `UserError` unless there is one picture for all prompts, or one for each."""
     if count not in (1, prompts):
-        raise UserError(f"{name} holds {count} pictures for {prompts} prompts; give one, or {prompts}")
+        raise UserError(f"{name} holds {count} pictures; give one for all prompts, or as many as prompts, {prompts}")

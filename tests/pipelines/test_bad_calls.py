@@ -77,10 +77,10 @@ SETTINGS = [
     ({"strength": "1"}, "strength is '1'"),
     ({"largest_share": 7}, "largest_share is 7"),
     ({"negative_prompt": b"no"}, "negative_prompt must be a text"),
-    ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 texts for"),
+    ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt holds 3 texts; give one for all prompts, or as many"),
     ({"generator": 0}, "generator holds a int (0); give torch.Generator()"),
     ({"generator": [torch.Generator(), None]}, "generator holds a NoneType"),
-    ({"generator": [torch.Generator()] * 5}, "generator is a list of 5;"),
+    ({"generator": [torch.Generator()] * 5}, "generator is a list of 5; give one generator, or as many as images, "),
     ({"output_type": "jpeg"}, "output_type is 'jpeg'; it must be one of"),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, "names 'noise'; there are latents"),
     ({"callback_on_step_end": SDXLCFGCutoffCallback(0.5)}, "names 'add_text_embeds'; there are"),
@@ -101,7 +101,7 @@ SETTINGS = [
     ({"mask_image": None}, "mask_image is of NoneType"),
     ({"mask_image": Image.new("L", (8, 16))}, "mask_image is 8×16 pixels, image 16×16; give them one size"),
     ({"mask_image": np.zeros((16, 16, 3))}, "mask_image"),
-    ({"mask_image": torch.zeros(3, 16, 16)}, "mask_image holds 3 pictures"),
+    ({"mask_image": torch.zeros(3, 16, 16)}, "mask_image holds 3 pictures; give one for all"),
     ({"mask_image": torch.full((16, 16), -1.0)}, "mask_image has values down to -1; give 0, kept, to 1, painted"),
     ({"mask_image": torch.zeros(16)}, "mask_image has shape"),
     ({"num_inference_step": 3}, "unknown argument 'num_inference_step'; did you mean 'num_inference_steps'?"),
@@ -206,5 +206,5 @@ def test_images_are_as_many_as_needed(call, name, image, message):
 def test_generators_are_as_many_as_the_embeddings_that_a_read_prompt_gives(family):
     prior = family["LatentDiffusionPriorPipeline"]
     read = prior.encode_prompt(["a cat", "a dog"], torch.device("cpu"))[2]
-    with pytest.raises(UserError, match="generator is a list of 3; 4 images need as many"):
+    with pytest.raises(UserError, match="generator is a list of 3; give one generator, or as many as images, 4"):
         prior(prior_prompt_embeds=read, num_images_per_prompt=2, generator=[torch.Generator()] * 3)
