@@ -58,6 +58,8 @@ class DataConfig:
     """Of the longest of these sizes."""
 
     def __post_init__(self):
+        require(self.source.strip() != "", "data.source", f"{self.source!r}", "the name of a folder, a file or a "
+                "repository")  # fmt: skip
         for name in ("image_size", "bucket_step", "shuffle_buffer"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "> 0")
         require(not self.streaming or self.max_images is None, "data.max_images", self.max_images,

@@ -42,6 +42,8 @@ def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) ->
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         key = getattr(error, "full_key", None)
+        if key and str(error).startswith("Incompatible value 'None'"):
+            raise UserError(f"{path}: {key} needs a value; it may not be empty, or null") from None
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
 
 

@@ -11,7 +11,10 @@ from ldm.errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that raises `UserError` in one line, with the nearest option for an unknown one."""
+    """`argparse.ArgumentParser` that raises `UserError` in one line, with the nearest option for an unknown one.
+
+    What has no `type` names something, and may not be empty; `type=str` takes any text.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -23,7 +26,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         self._refuse_unknown_options(args)
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        self._refuse_empty_names(namespace)
+        return namespace, rest
 
     def parse_known_intermixed_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -41,6 +46,14 @@ class ArgumentParser(argparse.ArgumentParser):
                 remedy = f"did you mean '{nearest[0]}'?" if nearest else f"the options are {', '.join(known)}"
                 raise UserError(f"unknown option '{name}'; {remedy}")
 
+    def _refuse_empty_names(self, namespace: argparse.Namespace) -> None:
+        for action in self._actions:
+            values = getattr(namespace, action.dest, None)
+            for value in values if isinstance(values, list) else [values]:
+                if action.type is None and isinstance(value, str) and not value.strip():
+                    name = action.option_strings[0] if action.option_strings else action.metavar
+                    raise UserError(f"{name} '{value}' is empty; give a name, see `{self.prog} --help`")
+
 
 def parse_training_arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of a training script: `--config PATH [--resume] [key=value ...]`, in any order.
@@ -51,7 +64,7 @@ def parse_training_arguments(description: str, argv: Sequence[str] | None = None
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", metavar="PATH", required=True, help="the YAML file of this stage")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of output_dir")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", type=str, help="values that replace the file's")
     arguments = parser.parse_intermixed_args(argv)
     for override in arguments.overrides:
         if not re.match(r"[^=\s]+=", override):

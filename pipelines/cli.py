@@ -71,7 +71,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     drawing = commands.add_parser("generate", help="draw pictures of a text")
-    drawing.add_argument("prompt", help="what to draw, such as 'a photo of a cat'")
+    drawing.add_argument("prompt", type=str, help="what to draw, such as 'a photo of a cat'")
     drawing.add_argument("--output", metavar="FILE", required=True, help=f"the picture: {', '.join(PICTURES)}")
     drawing.add_argument("--model", metavar="FOLDER|REPO", default=str(BUNDLED_MODEL), help="default: the bundled one")
     drawing.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a REPO")
@@ -81,7 +81,7 @@ def _parser() -> ArgumentParser:
     )
     drawing.add_argument("--num-inference-steps", metavar="N", type=int, help="default: the model's own")
     drawing.add_argument("--guidance-scale", metavar="G", type=float, help="1: none; default: the model's own")
-    drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to move away from")
+    drawing.add_argument("--negative-prompt", metavar="TEXT", type=str, help="what to move away from")
     drawing.add_argument("--lora", metavar="PATH|REPO", help="adapters: of a run with lora, a file, or a repository")
     drawing.add_argument("--lora-scale", metavar="S", type=float, help="0: none of them; default: 1")
     drawing.add_argument("--image", metavar="FILE", help="a picture to start from, cropped to the model's size")

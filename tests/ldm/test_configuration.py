@@ -48,6 +48,8 @@ def test_save_and_load_give_an_equal_config(tmp_path):
         ("caption_dropout=1.5", ["caption_dropout", "1.5"]),
         ("joint_dropout=0.5", ["joint_dropout", "0.5"]),
         ("max_noise_level=1000", ["max_noise_level", "1000"]),
+        ("data.source=''", ["data.source must be", "got ''"]),
+        ("data.source=", ["data.source", "needs a value"]),
         ("num_train_timesteps=0", ["num_train_timesteps", "> 0"]),
         ("training.warmup_steps=-5", ["training.warmup_steps", ">= 0", "-5"]),
         ("training.weight_decay=-0.1", ["training.weight_decay", ">= 0"]),

@@ -31,6 +31,8 @@ def test_defaults():
         (["--config", "a.yaml", "--zzzzzzzz"], "unknown option '--zzzzzzzz'; the options are"),
         ([], "--config"),
         (["--config"], "--config"),
+        (["--config", ""], "--config '' is empty; give a name"),
+        (["--config", "a.yaml", ""], "override '' is not key=value"),
         (["--config", "a.yaml", "steps"], "override 'steps' is not key=value"),
         (["--config", "a.yaml", "=3"], "override '=3' is not key=value"),
     ],

@@ -279,7 +279,7 @@ def test_true_scenes_show_their_captions():
 
 MISTAKES = [
     (["--output", "new"], "--data is missing"),
-    (["--data", "", "--output", "new"], "--data is missing"),
+    (["--data", "", "--output", "new"], "--data '' is empty; give a name"),
     (["--data", "shapes"], "--output is missing"),
     (["--data", "shapes", "--output", "new", "--curve-images", "9"], "--curve-images belongs to a curve"),
     (["--data", "shapes", "--output", "new", "--num-images", "5"], "--num-images is 5; precision and recall"),

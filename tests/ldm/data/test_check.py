@@ -53,8 +53,11 @@ def test_text_files_beside_images(tmp_path):
     assert "row 0: 8 × 8 RGB, 'a black square'" in lines and "0 of 1 images cannot be decoded" in lines
 
 
-def test_what_is_no_data_set_is_told_in_a_line(tmp_path, capsys):
+@pytest.mark.parametrize(("source", "words"), [("./absent", "absent: no such file"), ("", "SOURCE '' is empty")])
+def test_what_is_no_data_set_is_told_in_a_line(folder, monkeypatch, capsys, source, words):
+    monkeypatch.chdir(folder)  # whose images no empty name stands for
     with pytest.raises(SystemExit) as ended:
-        ldm_command(["data-check", str(tmp_path / "absent")])
+        ldm_command(["data-check", source])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and said.out == ""
