@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,10 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prior import best_of, derived_generator
 from ldm.errors import UserError
-from pipelines.checks import check_count, check_prompt, check_scale, check_shape, check_size
-from pipelines.folder import DEFAULT_SETTINGS, PRIOR_COMPONENTS, LatentDiffusionFolder
+from pipelines.checks import check_at_once, check_count, check_prompt, check_scale, check_shape, check_size
+from pipelines.folder import PRIOR_COMPONENTS, LatentDiffusionFolder
 from pipelines.reading_once import told
+from pipelines.settings import DEFAULT_SETTINGS, MOST_SAMPLES, Check
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -82,6 +84,16 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    def _closer_checks(self) -> dict[str, Check]:
+        checks: dict[str, Check] = {}
+        if self.scheduler is not None:
+            checks["num_inference_steps"] = partial(check_steps, scheduler=self.scheduler)
+        if self.prior_scheduler is not None:
+            checks["prior_num_inference_steps"] = partial(check_steps, scheduler=self.prior_scheduler)
+        if self.image_noising_scheduler is not None:
+            checks["noise_level"] = lambda _, value: self._check_noise_level(value)
+        return checks
+
     # ---- reading text ------------------------------------------------------------------------------------------------
 
     def encode_prompt(
@@ -119,21 +131,26 @@ class LatentDiffusionBase(LatentDiffusionFolder):
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
         clip_skip: int | None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the U-Net reads. clip_skip: layers of the text tower that captions leave out, as stock has it not the
-        negative ones."""
+        negative ones. size: (H, W) of the pictures, if they are to be drawn."""
         if (prompt is None) == (prompt_embeds is None):
             raise UserError("give either prompt or prompt_embeds, and not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise UserError("give either negative_prompt or negative_prompt_embeds, and not both")
 
-        if prompt_embeds is None:
-            prompt_embeds = self._read("prompt", check_prompt("prompt", prompt), device, clip_skip)
-        if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
+        if prompt is not None:
+            texts = check_prompt("prompt", prompt)
+        elif not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
             shape = getattr(prompt_embeds, "shape", None)
             what = f"is a {type(prompt_embeds).__name__}" if shape is None else f"has shape {tuple(shape)}"
             raise UserError(f"prompt_embeds {what}; it must be a tensor (texts, tokens, width)")
-        batch, length, width = prompt_embeds.shape
+        batch = len(prompt_embeds if prompt is None else texts)
+        check_at_once("num_images_per_prompt", num_images_per_prompt, batch, size)
+        if prompt_embeds is None:
+            prompt_embeds = self._read("prompt", texts, device, clip_skip)
+        _, length, width = prompt_embeds.shape
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative = check_prompt(
                 "negative_prompt", "" if negative_prompt is None else negative_prompt, may_be_empty=True
@@ -204,17 +221,18 @@ class LatentDiffusionBase(LatentDiffusionFolder):
                     "prompt_embeds alone cannot guide the prior; "
                     "give image_embeds too, or prior_prompt_embeds, or a prompt instead"
                 )
-            prompt_embeds = self._read_for_prior(check_prompt("prompt", prompt), device)
+            texts = check_prompt("prompt", prompt)
+            check_at_once("num_images_per_prompt", num_images_per_prompt, len(texts))
+            prompt_embeds = self._read_for_prior(texts, device)
+        prompt_embeds = self._check_prior_prompt(prompt_embeds, device)
+        check_at_once("num_images_per_prompt", num_images_per_prompt, len(prompt_embeds.embeds) // 2)
         check_steps("prior_num_inference_steps", num_inference_steps, self.prior_scheduler)
         check_scale("prior_guidance_scale", guidance_scale)
-        check_count("num_prior_samples", num_samples)
+        check_count("num_prior_samples", num_samples, largest=MOST_SAMPLES)
         guided = guidance_scale > 1
 
         # 1. e_t (B·n, D), tokens (B·n, L, D_t) and which of them are text (B·n, L); those of "" before them
-        embeds, tokens, masks = (
-            part.repeat_interleave(num_images_per_prompt, dim=0)
-            for part in self._check_prior_prompt(prompt_embeds, device)
-        )
+        embeds, tokens, masks = (part.repeat_interleave(num_images_per_prompt, dim=0) for part in prompt_embeds)
         batch = len(embeds) // 2
         check_generator(generator, batch)
         text_embeds = embeds[batch:]

@@ -16,6 +16,12 @@ LONGEST_PROMPT = 100_000
 LARGEST_SIDE = 8192
 """Pixels of an image's side: beyond it a slip of the hand would fill the memory."""
 
+MOST_IMAGES = 100_000
+"""Of one command: beyond it a slip of the hand would fill the disk."""
+
+MOST_AT_ONCE = 10_000
+"""Pictures of one call, all of which are drawn together; nor may they have more pixels than one of the largest side."""
+
 
 def check_prompt(name: str, prompt: object, may_be_empty: bool = False) -> list[str]:
     """The prompt or prompts as a list. Raises `UserError` for anything but text, and for an empty one."""
@@ -47,6 +53,20 @@ def check_count(name: str, value: object, smallest: int = 1, largest: int | None
         wanted = f"a whole number >= {smallest}" if largest is None else f"a whole number from {smallest} to {largest}"
         raise UserError(f"{name} is {value!r}; it must be {wanted}")
     return int(value)
+
+
+def check_at_once(
+    name: str, value: object, texts: int = 1, size: tuple[int, int] | None = None, smallest: int = 1
+) -> int:
+    """How many pictures of `size`, (H, W), or embeddings are made together of each of so many `texts`. Raises
+    `UserError` for too many."""
+    count, most, what = check_count(name, value, smallest), MOST_AT_ONCE, "embeddings"
+    if size is not None:
+        most, what = min(most, LARGEST_SIDE**2 // (size[0] * size[1])), f"pictures of {size[1]}×{size[0]} pixels"
+    if count * texts > most:
+        of = f", of {texts} prompts" if texts > 1 else ""
+        raise UserError(f"{name} is {value!r}{of}; {what} are made together, at most {most}: call again for the others")
+    return count
 
 
 def check_scale(name: str, value: object) -> float:

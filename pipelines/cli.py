@@ -29,7 +29,8 @@ from pipelines.assemble import (
     find_components,
     written_whole,
 )
-from pipelines.checks import check_count, check_number, check_prompt, check_scale, check_share
+from pipelines.checks import MOST_IMAGES, check_count, check_number, check_prompt, check_scale, check_share
+from pipelines.settings import SETTINGS, check_settings, telling_of
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
 KNOWS = "knows.json"
@@ -38,8 +39,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 16, 2**20
 """Of the pictures that are drawn together; what more of them gain in speed is little beside the memory they take."""
-MOST_IMAGES = 100_000
-"""Of one command: beyond it a slip of the hand would fill the disk."""
 
 
 def main(argv: Sequence[str] | None = None, alone: bool = False) -> None:
@@ -159,7 +158,10 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.lora is not None:
         arguments.lora = hub.resolve_adapters(arguments.lora)
     folder = hub.resolve(arguments.model, arguments.revision)
-    for component in hub.check_components(folder).values():
+    components = hub.check_components(folder)
+    with telling_of(folder):
+        check_settings(hub.read_json(folder / hub.INDEX).get(SETTINGS, {}))
+    for component in components.values():
         hub.check_finite(component)
     _say_what_it_knows(folder, arguments.prompt)
 

@@ -15,8 +15,8 @@ from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
 from pipelines.adapters import TakesAdapters
 from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_generator, check_steps, given_or
-from pipelines.checks import check_count, check_interval, check_pair, check_scale, check_shape, check_share
-from pipelines.folder import DEFAULT_SETTINGS
+from pipelines.checks import check_interval, check_pair, check_scale, check_shape, check_share
+from pipelines.settings import DEFAULT_SETTINGS, check_settings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[..., dict[str, Tensor]]
@@ -86,27 +86,44 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         prior_latents: Tensor | None = None,
         clip_skip: int | None = None,
     ) -> Settings:
-        """What is given, over `default_settings`. Raises `UserError` for values that cannot be used."""
-        defaults = self.default_settings
-        self._guidance_scale = check_scale("guidance_scale", given_or(guidance_scale, defaults["guidance_scale"]))
+        """What is given, over `default_settings`. Raises `UserError` for values that cannot be used, and for those that
+        nothing in this model reads."""
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "noise_level": noise_level,
+            "prior_num_inference_steps": prior_num_inference_steps,
+            "prior_guidance_scale": prior_guidance_scale,
+            "num_prior_samples": num_prior_samples,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        of_prior = {"prior_prompt_embeds": prior_prompt_embeds, "prior_latents": prior_latents}
+        for name in (*given, *(name for name, value in of_prior.items() if value is not None)):
+            if "prior" in name and self.prior is None:
+                raise UserError(f"{name}: this model has no prior; leave it out")
+            if name == "noise_level" and self.image_noising_scheduler is None:
+                raise UserError(f"{name}: this model's U-Net reads no image embedding; leave it out")
+        values = self.default_settings | given
+        check_settings(given, self._closer_checks())
+        check_steps("num_inference_steps", values["num_inference_steps"], self.scheduler)
+        self._guidance_scale = check_scale("guidance_scale", values["guidance_scale"])
         settings = Settings(
-            num_inference_steps=given_or(num_inference_steps, defaults["num_inference_steps"]),
-            noise_level=given_or(noise_level, defaults["noise_level"]),
+            num_inference_steps=values["num_inference_steps"],
+            noise_level=values["noise_level"],
             prior={
-                "num_inference_steps": given_or(prior_num_inference_steps, defaults["prior_num_inference_steps"]),
-                "guidance_scale": given_or(prior_guidance_scale, defaults["prior_guidance_scale"]),
-                "num_samples": given_or(num_prior_samples, defaults["num_prior_samples"]),
+                "num_inference_steps": values["prior_num_inference_steps"],
+                "guidance_scale": values["prior_guidance_scale"],
+                "num_samples": values["num_prior_samples"],
                 "prompt_embeds": prior_prompt_embeds,
                 "latents": prior_latents,
                 "eta": eta,
             },
-            guidance_rescale=check_share("guidance_rescale", given_or(guidance_rescale, defaults["guidance_rescale"])),
-            guidance_interval=check_interval(
-                "guidance_interval", given_or(guidance_interval, defaults["guidance_interval"])
-            ),
+            guidance_rescale=check_share("guidance_rescale", values["guidance_rescale"]),
+            guidance_interval=check_interval("guidance_interval", values["guidance_interval"]),
             clip_skip=clip_skip,
         )
-        check_steps("num_inference_steps", settings.num_inference_steps, self.scheduler)
         check_share("eta", eta)
         self._check_channels()
         if not all(hasattr(self.scheduler, name) for name in ("init_noise_sigma", "scale_model_input", "add_noise")):
@@ -119,8 +136,6 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
                 f"guidance_interval needs to know the share of noise, which {type(self.scheduler).__name__} does not "
                 "tell; leave it out, or take another scheduler"
             )
-        if self.image_noising_scheduler is not None:
-            self._check_noise_level(settings.noise_level)
         return settings
 
     def _check_channels(self, *further: int) -> None:
@@ -160,14 +175,16 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         negative_prompt_embeds: Tensor | None,
         image_embeds: Tensor | None,
         generator: Generators,
-        sizes: tuple[int, ...] | None,
+        size: tuple[int, int],
         cross_attention_kwargs: dict[str, Any] | None,
+        told: tuple[tuple[int, int] | None, ...] = (None, None, None),
     ) -> Condition:
-        """Captions -> tokens, and image embeddings (B·n, D), the prior's where none are given, noised.
+        """Captions -> tokens, and image embeddings (B·n, D), the prior's where none are given, noised; for pictures of
+        `size`, (H, W), of which the U-Net is `told` what `_sizes` takes first.
 
         Draws the prior's noise, then that of the embeddings.
         """
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        sizes = self._sizes(*told, size)
         check_generator(generator)
         if not isinstance(cross_attention_kwargs, dict | None):
             raise UserError(f"cross_attention_kwargs is a {type(cross_attention_kwargs).__name__}; give a dictionary")
@@ -176,13 +193,16 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         with self._text_encoder_scaled(cross_attention_kwargs):
             prompt_embeds, negative_prompt_embeds = self._encode_prompt(
                 prompt, device, num_images_per_prompt, guided, negative_prompt, prompt_embeds, negative_prompt_embeds,
-                settings.clip_skip,
+                settings.clip_skip, size,
             )  # fmt: skip
         batch, _, width = prompt_embeds.shape  # B·n
         if isinstance(read := self.unet.config.cross_attention_dim, int) and width != read:
             raise UserError(f"prompt_embeds are {width} wide; this U-Net reads tokens of width {read}")
         check_generator(generator, batch)
 
+        for name, given in (("prior_prompt_embeds", "prompt_embeds"), ("prior_latents", "latents")):
+            if image_embeds is not None and settings.prior[given] is not None:
+                raise UserError(f"{name} belongs to the prior, whose place image embeddings take here; leave it out")
         if image_embeds is None and self.prior is not None:
             image_embeds = self.sample_image_embeds(
                 prompt, num_images_per_prompt, generator=generator, device=device, **settings.prior

@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm import hub
 from ldm.errors import UserError
 from ldm.files import expanded
-from pipelines.checks import check_count, check_scale
+from pipelines.checks import MOST_AT_ONCE, MOST_IMAGES, check_count, check_scale
 from pipelines.evaluation.settings import check_output
 
 FEWEST = 6
@@ -103,14 +103,18 @@ def _compared(folders: tuple[Path, Path], output: Path | None) -> str:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for numbers that cannot be used."""
-    for option, smallest in (("num_images", FEWEST), ("reference_images", FEWEST), ("curve_images", FEWEST),
-                             ("batch_size", 1)):  # fmt: skip
+    for option, smallest, largest in (
+        ("num_images", FEWEST, MOST_IMAGES),
+        ("reference_images", FEWEST, None),
+        ("curve_images", FEWEST, None),
+        ("batch_size", 1, MOST_AT_ONCE),
+    ):
         value, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
         if value is None:
             continue
         if smallest == FEWEST and value < FEWEST:
             raise UserError(f"{name} is {value}; precision and recall by five neighbours need at least {FEWEST} images")
-        check_count(name, value, smallest)
+        check_count(name, value, smallest, largest)
     if arguments.curve_images is not None and not (arguments.steps or arguments.guidance_scales):
         raise UserError("--curve-images belongs to a curve; give --steps or --guidance-scales, too")
     check_count("--seed", arguments.seed, smallest=0, largest=LARGEST_SEED)

@@ -16,17 +16,8 @@ from ldm.components.configs import is_older
 from ldm.errors import UserError
 from ldm.files import make_readable
 from pipelines.checks import check_known
+from pipelines.settings import DEFAULT_SETTINGS, SETTINGS, Check, check_settings, telling_of
 
-DEFAULT_SETTINGS = {
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
-    "noise_level": 0,
-    "prior_num_inference_steps": 25,
-    "prior_guidance_scale": 4.0,
-    "num_prior_samples": 2,
-    "guidance_rescale": 0.0,
-    "guidance_interval": (0.0, 1.0),
-}
 PRIOR_COMPONENTS = (
     "prior_tokenizer",
     "prior_text_encoder",
@@ -36,8 +27,6 @@ PRIOR_COMPONENTS = (
     "image_noising_scheduler",
 )
 """What the layout of StableUnCLIPPipeline has beside that of StableDiffusionPipeline."""
-SETTINGS = "_default_settings"
-"""The key of `model_index.json` that holds a model's own settings, which stock Diffusers passes over."""
 FIRST_OF_OURS = (0, 42)
 """The Diffusers that this package began with: what is older comes from others."""
 
@@ -71,6 +60,8 @@ class LatentDiffusionFolder(DiffusionPipeline):
         folder = hub.resolve(name, revision, variant, **options)
         components = hub.check_components(folder, leave_out=kwargs, variant=variant)
         index = hub.read_json(folder / cls.config_name)
+        with telling_of(folder):
+            check_settings(index.get(SETTINGS, {}))
         for component in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
             if component not in kwargs and component not in components:
                 raise UserError(
@@ -91,7 +82,8 @@ class LatentDiffusionFolder(DiffusionPipeline):
             print(f"note: {', '.join(passed_over)} of '{name}' not needed, and passed over", file=sys.stderr)
         pipeline.commit, pipeline.folder, pipeline.variant = hub.commit_of(folder), folder, variant
         if SETTINGS in index:
-            pipeline.default_settings = index[SETTINGS]
+            with telling_of(folder):
+                pipeline.default_settings = index[SETTINGS]
         return pipeline
 
     @classmethod
@@ -110,8 +102,10 @@ class LatentDiffusionFolder(DiffusionPipeline):
         if absent := [name for name in names if known[name].default is inspect.Parameter.empty and name not in parts]:
             raise UserError(f"a {type(pipeline).__name__} has no '{absent[0]}'; give {absent[0]}=")
         own = cls(**parts)
-        settings = {key: value for key, value in pipeline.config.items() if key in ("_name_or_path", SETTINGS)}
-        own.register_to_config(**settings)
+        if "_name_or_path" in pipeline.config:
+            own.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        if SETTINGS in pipeline.config:
+            own.default_settings = pipeline.config[SETTINGS]
         for name in ("commit", "folder", "variant"):
             setattr(own, name, getattr(pipeline, name, None))
         return own if dtype is None else own.to(dtype=dtype)
@@ -193,10 +187,13 @@ class LatentDiffusionFolder(DiffusionPipeline):
 
     @default_settings.setter
     def default_settings(self, settings: dict[str, int | float | tuple[float, float]]) -> None:
-        """Saved with the model."""
-        if unknown := sorted(set(settings) - set(DEFAULT_SETTINGS)):
-            raise UserError(f"unknown setting '{unknown[0]}'; the settings are {', '.join(DEFAULT_SETTINGS)}")
+        """Saved with the model. Raises `UserError` for those that it cannot draw with."""
+        check_settings(settings, self._closer_checks())
         self.register_to_config(**{SETTINGS: dict(settings)})
+
+    def _closer_checks(self) -> dict[str, Check]:
+        """Of settings, by what this model is made of."""
+        return {}
 
 
 def refuse_code_and_pickles(options: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ class LatentDiffusionImg2ImgPipeline(LatentDiffusionDrawing):
         # Caption -> tokens and image embedding
         condition = self._condition(
             settings, prompt, num_images_per_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            image_embeds, generator, self._sizes(None, None, None, (height, width)), cross_attention_kwargs,
+            image_embeds, generator, (height, width), cross_attention_kwargs,
         )  # fmt: skip
         check_pictures_of("image", len(pixels), condition.batch // num_images_per_prompt)
 

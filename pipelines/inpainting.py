@@ -101,7 +101,7 @@ class LatentDiffusionInpaintPipeline(LatentDiffusionDrawing):
         # Caption -> tokens and image embedding
         condition = self._condition(
             settings, prompt, num_images_per_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            image_embeds, generator, self._sizes(None, None, None, (height, width)), cross_attention_kwargs,
+            image_embeds, generator, (height, width), cross_attention_kwargs,
         )  # fmt: skip
         batch, device, dtype = condition.batch, self._execution_device, condition.prompt_embeds.dtype
         check_pictures_of("image", len(pixels), batch // num_images_per_prompt)

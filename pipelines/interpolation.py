@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.diffusion.interpolation import slerp
 from ldm.errors import UserError
 from pipelines.base import Generators, PriorPrompt, check_generator, step_options
-from pipelines.checks import check_count, check_prompt, known_arguments
+from pipelines.checks import check_at_once, check_prompt, known_arguments
 from pipelines.drawing import Callback, Condition
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
 from pipelines.packing import draws_packed
@@ -73,10 +73,10 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level,
             prior_num_inference_steps, prior_guidance_scale, num_prior_samples, prior_prompt_embeds,
         )  # fmt: skip
-        check_count("num_frames", num_frames, smallest=2)
         check_generator(generator, 2)
         shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         size = self._image_size(height, width)
+        check_at_once("num_frames", num_frames, size=size, smallest=2)
         device = self._execution_device
 
         # The two ends
@@ -95,7 +95,7 @@ class LatentDiffusionInterpolationPipeline(LatentDiffusionFromImages):
             prompt_embeds = self._tokens_beside_images(prompt, prompt_embeds, 2)
         ends = self._condition(
             settings, prompt, 1, negative_prompt, prompt_embeds, negative_prompt_embeds, image_embeds, generator,
-            self._sizes(None, None, None, size), cross_attention_kwargs,
+            size, cross_attention_kwargs,
         )  # fmt: skip
         noise = self._first_noise(ends, size, generator, latents)
 

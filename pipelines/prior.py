@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ldm import hub
 from ldm.errors import RunError, UserError
-from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, given_or, warn_of_cut
-from pipelines.checks import check_count, check_prompt, check_share, known_arguments
+from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_steps, given_or, warn_of_cut
+from pipelines.checks import check_count, check_prompt, check_scale, check_share, known_arguments
 from pipelines.folder import refuse_code_and_pickles
+from pipelines.settings import MOST_SAMPLES
 
 OUTPUT_TYPES = ("pt", "np")
 
@@ -94,16 +95,21 @@ class LatentDiffusionPriorPipeline(LatentDiffusionBase):
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
         defaults = self.default_settings
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        steps = given_or(num_inference_steps, defaults["prior_num_inference_steps"])
+        scale = given_or(guidance_scale, defaults["prior_guidance_scale"])
+        samples = given_or(num_samples, defaults["num_prior_samples"])
+        check_steps("num_inference_steps", steps, self.prior_scheduler)
+        check_scale("guidance_scale", scale)
+        check_count("num_samples", samples, largest=MOST_SAMPLES)
         if prior_prompt_embeds is None:
             prompt = check_prompt("prompt", prompt)
             warn_of_cut("prompt", self.prior_tokenizer, prompt)
         image_embeds = self.sample_image_embeds(
             prompt,
             num_images_per_prompt,
-            given_or(num_inference_steps, defaults["prior_num_inference_steps"]),
-            given_or(guidance_scale, defaults["prior_guidance_scale"]),
-            given_or(num_samples, defaults["num_prior_samples"]),
+            steps,
+            scale,
+            samples,
             generator,
             latents,
             check_share("eta", eta),

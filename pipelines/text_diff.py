@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.diffusion.interpolation import slerp, text_diff_direction
 from ldm.errors import UserError
 from pipelines.base import Generators, step_options, warn_of_cut
-from pipelines.checks import check_count, check_prompt, check_share, known_arguments
+from pipelines.checks import check_at_once, check_prompt, check_share, known_arguments
 from pipelines.drawing import Callback
 from pipelines.image_tower import LatentDiffusionFromImages, first_generator
 from pipelines.interpolation import frames_of, image_part
@@ -69,10 +69,10 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
         settings = self._settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level
         )
-        check_count("num_frames", num_frames, smallest=2)
         check_share("largest_share", largest_share)
         shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         size = self._image_size(height, width)
+        check_at_once("num_frames", num_frames, size=size, smallest=2)
         device = self._execution_device
 
         # The image, and the direction in which it changes
@@ -82,7 +82,7 @@ class LatentDiffusionTextDiffPipeline(LatentDiffusionFromImages):
         direction = self._direction(prompt, base_prompt)
         start = self._condition(
             settings, None, 1, negative_prompt, self._tokens_beside_images(None, None, 1), None, embeds, generator,
-            self._sizes(None, None, None, size), cross_attention_kwargs,
+            size, cross_attention_kwargs,
         )  # fmt: skip
         (embed,) = image_part(start)
 

@@ -94,13 +94,13 @@ class LatentDiffusionPipeline(LatentDiffusionDrawing):
             prior_latents, clip_skip,
         )  # fmt: skip
         height, width = self._image_size(height, width)
-        sizes = self._sizes(original_size, crops_coords_top_left, target_size, (height, width))
         shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # Caption -> tokens and image embedding
         condition = self._condition(
             settings, prompt, num_images_per_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            image_embeds, generator, sizes, cross_attention_kwargs,
+            image_embeds, generator, (height, width), cross_attention_kwargs,
+            (original_size, crops_coords_top_left, target_size),
         )  # fmt: skip
 
         # z_T -> z_0

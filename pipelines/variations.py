@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from pipelines.base import Generators, step_options
-from pipelines.checks import check_count, check_prompt, known_arguments
+from pipelines.checks import check_at_once, check_prompt, known_arguments
 from pipelines.drawing import Callback
 from pipelines.image_to_image import check_pictures_of
 from pipelines.image_tower import LatentDiffusionFromImages
@@ -63,7 +63,6 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, eta, noise_level
         )
         shown = self._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        check_count("num_images_per_prompt", num_images_per_prompt)
         height, width = self._image_size(height, width)
 
         # Image -> image embedding
@@ -74,13 +73,14 @@ class LatentDiffusionVariationPipeline(LatentDiffusionFromImages):
             prompt = prompts * count if len(prompts) == 1 else prompts
             check_pictures_of("image", count, len(prompt))
             image_embeds = image_embeds.expand(len(prompt), -1)
+        check_at_once("num_images_per_prompt", num_images_per_prompt, len(image_embeds), (height, width))
         image_embeds = image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         prompt_embeds = self._tokens_beside_images(prompt, prompt_embeds, count)
 
         # Caption -> tokens, beside the image embedding
         condition = self._condition(
             settings, prompt, num_images_per_prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            image_embeds, generator, self._sizes(None, None, None, (height, width)), cross_attention_kwargs,
+            image_embeds, generator, (height, width), cross_attention_kwargs,
         )  # fmt: skip
 
         # z_T -> z_0

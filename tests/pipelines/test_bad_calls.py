@@ -42,6 +42,10 @@ SETTINGS = [
     ({"num_inference_steps": "2"}, "num_inference_steps is '2'"),
     ({"num_inference_steps": 10**9}, "num_inference_steps is 1000000000"),
     ({"prior_num_inference_steps": 0}, "prior_num_inference_steps is 0"),
+    ({"prior_guidance_scale": NAN, "image_embeds": torch.zeros(1, 16)}, "prior_guidance_scale is nan"),
+    ({"prior_latents": torch.zeros(1, 16), "image_embeds": torch.zeros(1, 16)}, "prior_latents belongs to the prior"),
+    ({"num_prior_samples": 10**9}, "num_prior_samples is 1000000000; it must be a whole number from 1 to 1000"),
+    ({"num_samples": 10**9}, "num_samples is 1000000000; it must be a whole number from 1 to 1000"),
     ({"guidance_scale": NAN}, "guidance_scale is nan"),
     ({"guidance_scale": INF}, "guidance_scale is inf"),
     ({"guidance_scale": -1}, "guidance_scale is -1"),
@@ -70,7 +74,9 @@ SETTINGS = [
     ({"noise_level": 1000}, "noise_level is 1000"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5"),
+    ({"num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000; "),
     ({"num_frames": 1}, "num_frames is 1; it must be a whole number >= 2"),
+    ({"num_frames": 10**9}, "num_frames is 1000000000; pictures of 16×16 pixels are made together, at most 10000"),
     ({"strength": -0.1}, "strength is -0.1; it must be a number from 0 to 1"),
     ({"strength": 1.1}, "strength is 1.1"),
     ({"strength": NAN}, "strength is nan"),
@@ -201,6 +207,24 @@ def test_images_are_as_many_as_needed(call, name, image, message):
     with pytest.raises(UserError) as caught:
         call(name, image=image)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prior_num_inference_steps": 2},
+        {"prior_guidance_scale": 1.0},
+        {"num_prior_samples": 1},
+        {"prior_latents": torch.zeros(1, 16)},
+        {"prior_prompt_embeds": ()},
+        {"noise_level": 0},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_no_part_of_a_model_reads_is_refused(pipe_without_prior, given):
+    remedy = "reads no image embedding" if "noise_level" in given else "this model has no prior"
+    with pytest.raises(UserError, match=f"{next(iter(given))}: .*{remedy}; leave it out"):
+        pipe_without_prior("a cat", **given)
 
 
 def test_generators_are_as_many_as_the_embeddings_that_a_read_prompt_gives(family):

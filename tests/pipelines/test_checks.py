@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.errors import UserError
-from pipelines.checks import check_count, check_pair, check_prompt, check_scale, check_size
+from pipelines.checks import check_at_once, check_count, check_pair, check_prompt, check_scale, check_size
 
 
 def test_what_is_good_comes_back():
@@ -43,3 +43,12 @@ def test_a_prompt_is_text(value):
     with pytest.raises(UserError) as caught:
         check_prompt("prompt", value)
     assert str(caught.value).startswith("prompt ") and "\n" not in str(caught.value)
+
+
+def test_no_more_pictures_at_once_than_memory_may_hold():
+    assert check_at_once("num_images_per_prompt", 10_000, 1, (32, 32)) == 10_000
+    assert check_at_once("num_images_per_prompt", 32, 8, (512, 512)) == 32
+    with pytest.raises(UserError, match="of 8 prompts; pictures of 512×512 pixels are made together, at most 256"):
+        check_at_once("num_images_per_prompt", 33, 8, (512, 512))
+    with pytest.raises(UserError, match="num_frames is 10001; embeddings are made together, at most 10000"):
+        check_at_once("num_frames", 10_001)

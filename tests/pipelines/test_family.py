@@ -54,15 +54,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 def call(family, photos, mask):
     """(name, **settings) -> the result; `of` picks one of the two inputs of a batch, both if None."""
 
-    def inputs(name, of):
+    def inputs(name, of, has_prior):
+        prior = PRIOR if has_prior else {}
         prompts = ["a cat", "two dogs"]
         prompt, picture = (prompts, photos) if of is None else (prompts[of], photos[of])
         return {
-            "LatentDiffusionPipeline": {"prompt": prompt, **PRIOR},
-            "LatentDiffusionImg2ImgPipeline": {"prompt": prompt, "image": picture, "strength": 0.7, **PRIOR},
-            "LatentDiffusionInpaintPipeline": {"prompt": prompt, "image": picture, "mask_image": mask, **PRIOR},
+            "LatentDiffusionPipeline": {"prompt": prompt, **prior},
+            "LatentDiffusionImg2ImgPipeline": {"prompt": prompt, "image": picture, "strength": 0.7, **prior},
+            "LatentDiffusionInpaintPipeline": {"prompt": prompt, "image": picture, "mask_image": mask, **prior},
             "LatentDiffusionVariationPipeline": {"image": picture},
-            "LatentDiffusionInterpolationPipeline": {"prompt": prompts, "num_frames": 3, **PRIOR},
+            "LatentDiffusionInterpolationPipeline": {"prompt": prompts, "num_frames": 3, **prior},
             "LatentDiffusionTextDiffPipeline": {"image": photos[of or 0], "prompt": "a dog", "num_frames": 3},
             "LatentDiffusionPriorPipeline": {"prompt": prompt, "num_samples": 1},
         }[name]
@@ -71,7 +72,8 @@ def call(family, photos, mask):
         general = {"num_inference_steps": 4, "generator": seeded()}
         if name != "LatentDiffusionPriorPipeline":
             general["output_type"] = "np"
-        return (pipe or family[name])(**general | inputs(name, of) | settings)
+        pipe = pipe or family[name]
+        return pipe(**general | inputs(name, of, pipe.prior is not None) | settings)
 
     return called
 

@@ -137,7 +137,10 @@ def test_without_a_prior_the_tokens_alone_are_between(family, pipe_without_prior
         ({"prompt": "a cat"}, "prompt holds 1 texts; give two"),
         ({"prompt": ["a", "b", "c"]}, "prompt holds 3 texts; give two"),
         ({"prompt": ["a", "b"], "num_frames": 1}, "num_frames is 1"),
-        ({"prompt": ["a", "b"], "generator": [torch.Generator()] * 3}, "generator is a list of 3; 2 images"),
+        (
+            {"prompt": ["a", "b"], "generator": [torch.Generator()] * 3},
+            "is a list of 3; give one generator, or as many",
+        ),
         ({"image_embeds": torch.zeros(3, 16)}, r"image_embeds has shape \(3, 16\)"),
     ],
 )

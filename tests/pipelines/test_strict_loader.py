@@ -228,6 +228,35 @@ def _other_normalizer(folder):
     return "unet/config.json: projection_class_embeddings_input_dim must be 48 (twice the embedding_dim"
 
 
+def _settings(folder, settings, fault):
+    edit(folder / "model_index.json", _default_settings=settings)
+    return f"'{folder / 'model_index.json'}', _default_settings: {fault}"
+
+
+def _setting_of_a_text(folder):
+    return _settings(folder, {"guidance_scale": "3"}, "guidance_scale is '3'; it must be a finite number >= 0")
+
+
+def _setting_that_is_no_number(folder):
+    return _settings(folder, {"prior_guidance_scale": float("nan")}, "prior_guidance_scale is nan; it must be a finite")
+
+
+def _unknown_setting(folder):
+    return _settings(folder, {"num_steps": 3}, "unknown setting 'num_steps'; did you mean 'num_inference_steps'?")
+
+
+def _negative_setting(folder):
+    return _settings(folder, {"num_inference_steps": -3}, "num_inference_steps is -3; it must be a whole number")
+
+
+def _settings_that_are_a_list(folder):
+    return _settings(folder, [20, 3.0], "default settings are a list; give a dictionary of num_inference_steps, ")
+
+
+def _more_steps_than_there_are(folder):
+    return _settings(folder, {"prior_num_inference_steps": 101}, "prior_num_inference_steps is 101; it must be a whole")
+
+
 def _other_vocabulary(folder):
     edit(folder / "text_encoder/config.json", vocab_size=20)
     return "'tokenizer' must have ids below 20 (the tower's vocab_size), got "
@@ -267,6 +296,12 @@ FAULTS = (
     _other_embedding,
     _other_normalizer,
     _other_vocabulary,
+    _setting_of_a_text,
+    _setting_that_is_no_number,
+    _unknown_setting,
+    _negative_setting,
+    _settings_that_are_a_list,
+    _more_steps_than_there_are,
 )
 
 
