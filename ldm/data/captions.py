@@ -40,8 +40,10 @@ class CaptionedImages(torch.utils.data.Dataset):
         read_image: Callable[[int], Image.Image],
         read_captions: Callable[[int], list[str]],
         length: int,
+        left_out: int = 0,
     ):
-        self.config, self.seed, self.length = config, seed, length
+        """left_out: samples that are not among the `length` because they lack a picture or a caption."""
+        self.config, self.seed, self.length, self.left_out = config, seed, length, left_out
         self._read_image, self._read_captions = read_image, read_captions
         pixels = 3 * config.image_size**2
         self._pixels = _shared(length * pixels).reshape(length, pixels) if length * pixels <= _MEMORY_LIMIT else None
@@ -110,11 +112,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         return None
 
     def check_readable(self, bad: int) -> None:
-        """Raises RunError where `bad` images that cannot be decoded are more than data.max_bad_fraction, or all."""
-        allowed = self.config.max_bad_fraction
-        if bad > allowed * len(self) or bad == len(self):
+        """Raises RunError where `bad` images that cannot be decoded, and what was left out, are more than
+        data.max_bad_fraction of all samples, or all."""
+        allowed, unusable, count = self.config.max_bad_fraction, bad + self.left_out, len(self) + self.left_out
+        if unusable > allowed * count or unusable == count:
+            fault = "cannot be decoded, or lack a picture or a caption" if self.left_out else "cannot be decoded"
             raise RunError(
-                f"{bad} of the {len(self)} images of {self.config.source} cannot be decoded, more than "
+                f"{unusable} of the {count} images of {self.config.source} {fault}, more than "
                 f"data.max_bad_fraction {allowed:g} allows; mend them, or raise it"
             )
 
@@ -165,8 +169,8 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
     if config.source == "digits":
         return _open_digits(config, seed)
     if tars.is_tars(config.source):
-        read_image, captions = tars.index(config)
-        return CaptionedImages(config, seed, read_image, lambda index: captions[index], len(captions))
+        read_image, captions, left_out = tars.index(config)
+        return CaptionedImages(config, seed, read_image, lambda index: captions[index], len(captions), left_out)
     if is_folder_of_text_files(config.source):
         return _open_text_files(config, seed, Path(config.source))
     table = load_table(config)

@@ -222,9 +222,9 @@ def _paths(text: bytes) -> Iterator[str]:
         yield from walk(value, "")
 
 
-def index(config: DataConfig) -> tuple[Callable[[int], Image.Image], list[list[str]]]:
-    """Shards on disk for reading in any order: sample number -> picture, and the captions of all samples. Where each
-    picture lies is noted; it is read from there when it is wanted.
+def index(config: DataConfig) -> tuple[Callable[[int], Image.Image], list[list[str]], int]:
+    """Shards on disk for reading in any order: sample number -> picture, the captions of all samples, and how many were
+    left out. Where each picture lies is noted; it is read from there when it is wanted.
 
     Raises:
         UserError: a shard is absent or not whole, no such column, or more samples than data.max_bad_fraction allows
@@ -263,7 +263,7 @@ def index(config: DataConfig) -> tuple[Callable[[int], Image.Image], list[list[s
             file.seek(first)
             return open_picture(file.read(length))
 
-    return read_image, captions
+    return read_image, captions, len(faults)
 
 
 def needed_columns(config: DataConfig, shard: str) -> list[str]:

@@ -137,8 +137,9 @@ def test_another_number_of_processes_or_shards_cannot_go_on(source, write_shards
         micro_batches(stream, run, Share(64, 1, 2), Saved(Path(), 1, {"stream": left}))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_too_many_bad_images_stop_it_at_the_end_of_the_epoch(tmp_path, write_tar, capfd, workers):
+    """Those of all threads that decode."""
     members = {f"{n}.png": b"damaged" if n < 2 else Image.new("RGB", (8, 8)) for n in range(10)}
     path = write_tar(tmp_path / "a.tar", dict(sorted((members | {f"{n}.txt": str(n) for n in range(10)}).items())))
     with pytest.raises(RunError) as raised:

@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.config import DataConfig
 from ldm.data.captions import open_images
 from ldm.data.tars import expand_ranges, samples, shards_of
-from ldm.errors import UserError
+from ldm.errors import RunError, UserError
 from pipelines.cli import main as ldm_command
 
 RED, GREEN = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 255, 0))
@@ -82,6 +82,14 @@ def test_samples_without_picture_or_caption_are_told_and_left_out(tmp_path, writ
     assert capsys.readouterr().err.splitlines() == [warning]
     with pytest.raises(UserError, match=r"3 of 5 samples lack a picture or a caption.*the first is sample 2"):
         all_of(source=source, caption_column="txt")
+
+
+def test_samples_left_out_count_with_pictures_that_cannot_be_decoded(tmp_path, write_tar):
+    members = {f"{n}.jpg": b"damaged" if n == 0 else RED for n in range(5)} | {f"{n}.txt": "red" for n in range(4)}
+    source = str(write_tar(tmp_path / "a.tar", dict(sorted(members.items()))))
+    with pytest.raises(RunError, match=r"2 of the 5 images of .* cannot be decoded, or lack a picture or a caption"):
+        all_of(source=source, caption_column="txt", max_bad_fraction=0.3)
+    assert len(all_of(source=source, caption_column="txt", max_bad_fraction=0.4)["captions"]) == 4
 
 
 def test_only_so_many(tmp_path, write_shards):
