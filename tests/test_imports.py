@@ -10,6 +10,7 @@ FORBIDDEN = {
     "ldm": {"pipelines", "train", "tests"},
     "pipelines": {"train", "tests"},
     "train": {"tests"},
+    "tests/benchmarks": {"tests"},  # scripts, for which a wheel's package of this name may come first
     "ldm/diffusion": {"diffusers", "transformers", "accelerate", "datasets", "open_clip", "numpy"},
 }
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}

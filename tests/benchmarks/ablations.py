@@ -29,15 +29,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from bundled_model import Photographs, features_of, judge, prompt_of, read_photographs
+from cifar10_classifier import CLASSES, load, read_split, to_unit_range
+from image_embeddings import told_by
 from ldm.errors import RunError, UserError, choose, exit_code_of
 from ldm.evaluation.reconstruction import psnr
 from ldm.training import averages, randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
 from pipelines.assemble import assemble
-from tests.benchmarks.bundled_model import Photographs, features_of, judge, prompt_of, read_photographs
-from tests.benchmarks.cifar10_classifier import CLASSES, load, read_split, to_unit_range
-from tests.benchmarks.image_embeddings import told_by
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {

@@ -21,14 +21,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+import cifar10_classifier
+import resnet_judge
+from cifar10_classifier import CLASSES
 from ldm.errors import UserError, exit_code_of
 from ldm.evaluation.distances import Gaussian, frechet_distance, gaussian_of, nearest
 from ldm.evaluation.features import open_classifier
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
-from tests.benchmarks import cifar10_classifier, resnet_judge
-from tests.benchmarks.cifar10_classifier import CLASSES
 
 FLOOR_SUBSETS = 10
 BATCH = 100

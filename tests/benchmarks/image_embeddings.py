@@ -16,10 +16,10 @@ from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from cifar10_classifier import CLASSES, HUB, read_split
 from ldm.errors import exit_code_of
 from ldm.evaluation.features import open_features
 from pipelines.arguments import ArgumentParser
-from tests.benchmarks.cifar10_classifier import CLASSES, HUB, read_split
 
 FITTED, TESTED = 10_000, 10_000  # photographs
 THUMBNAIL = 8  # pixels a side

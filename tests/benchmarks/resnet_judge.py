@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+from cifar10_classifier import CLASSES, HUB, read_split
 from ldm.errors import UserError, exit_code_of
 from ldm.evaluation.features import Classifier, open_classifier, resized
 from ldm.files import make_readable
 from ldm.training import checkpoint, optim, randomness
 from pipelines.arguments import ArgumentParser
 from pipelines.evaluation.networks import apply
-from tests.benchmarks.cifar10_classifier import CLASSES, HUB, read_split
 
 FOLDER = Path(__file__).with_suffix("")
 SIZE = 64  # pixels a side that the network sees, of which its stem leaves a quarter

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines.arguments import ArgumentParser
-from tests.benchmarks.train_throughput import ROOT, SIZES, UNET, train_stages
+from train_throughput import ROOT, SIZES, UNET, train_stages
 
 SCRIPT = ROOT / "train" / "train_ldm.py"
 IMPORTS = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='no'); print('there', flush=True)"

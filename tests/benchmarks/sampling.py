@@ -27,13 +27,13 @@ import torch
 from diffusers import DiffusionPipeline, StableUnCLIPPipeline
 from PIL import Image
 
+import cifar10_classifier
+from bundled_model import read_photographs
 from ldm.errors import RunError, UserError, exit_code_of
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
 from pipelines.cli import BUNDLED_MODEL
-from tests.benchmarks import cifar10_classifier
-from tests.benchmarks.bundled_model import read_photographs
-from tests.benchmarks.sampling_evaluations import HEAD, ROWS, best_of, chart, judged
+from sampling_evaluations import HEAD, ROWS, best_of, chart, judged
 
 PROMPT = "a photo of a cat"
 FIGURES = ("warm", "cold", "evaluations")

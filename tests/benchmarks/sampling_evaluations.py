@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cifar10_classifier
+from bundled_model import Photographs, features_of, prompt_of
+from cifar10_classifier import CLASSES
 from ldm.evaluation.distances import frechet_distance
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
-from tests.benchmarks import cifar10_classifier
-from tests.benchmarks.bundled_model import Photographs, features_of, prompt_of
-from tests.benchmarks.cifar10_classifier import CLASSES
 
 TOLERANCE = 0.02
 EVERYWHERE = (0.0, 1.0)

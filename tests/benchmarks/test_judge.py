@@ -7,9 +7,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import bundled_model
+import cifar10_classifier
+import resnet_judge
 from ldm.evaluation.distances import frechet_distance, nearest
 from ldm.evaluation.features import open_classifier, open_features
-from tests.benchmarks import bundled_model, cifar10_classifier, resnet_judge
 
 
 def test_is_a_feature_network_and_a_reader():

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+import ablations
 from ldm.errors import UserError
-from tests.benchmarks import ablations
 
 SMALL = ["model.block_out_channels=[8,16,16]", "model.norm_num_groups=4", "model.attention_head_dim=2",
          "training.compile=false", "training.batch_size=8", "training.precision=fp32"]  # fmt: skip
