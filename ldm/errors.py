@@ -1,6 +1,7 @@
 """How a command fails: one line that names the thing, its value and the remedy, and an exit code. No traceback."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,9 @@ def exit_code_of(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:  # of the latter those that nobody expected, which name their file
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            print(f"error: '{error.filename}' is too long for a file's name; give a shorter one", file=sys.stderr)
+            return 2
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except Stopped as stop:

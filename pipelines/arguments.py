@@ -20,6 +20,9 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
+        if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
+            name, kind, value = found.groups()
+            raise UserError(f"{name} is {value}; it must be a {'whole ' if kind == 'int' else ''}number")
         raise UserError(f"{' '.join(message.split())}; see `{self.prog} --help`")
 
     # argparse reports a missing option before an unknown one, so the unknown one is looked for first.

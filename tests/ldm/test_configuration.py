@@ -117,3 +117,5 @@ def test_exit_codes(capsys):
     assert exit_code_of(lambda: fails(UserError("the user's"))) == 2
     assert exit_code_of(lambda: fails(RunError("the run's"))) == 1
     assert capsys.readouterr().err == "error: the user's\nfailed: the run's\n"
+    assert exit_code_of(lambda: fails(OSError(5, "Input/output error", "file"))) == 1  # which nobody expected
+    assert capsys.readouterr().err == "failed: [Errno 5] Input/output error: 'file'\n"
