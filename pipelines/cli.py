@@ -235,6 +235,7 @@ def average(arguments: argparse.Namespace) -> None:
     run = expanded(arguments.run)
     if not (run / "model" / "unet").is_dir():
         raise UserError(f"RUN '{run}' has no model/unet; name the output_dir of a finished run of train_ldm.py")
+    hub.check_component(run / "model" / "unet", ("UNet2DConditionModel", "UNet2DModel"))
     output = check_output_folder(arguments.output)
     be_quiet()
     from diffusers import AutoModel
@@ -243,7 +244,10 @@ def average(arguments: argparse.Namespace) -> None:
 
     step, weights = averages.combined(run / "averages", arguments.length, arguments.step)
     unet = AutoModel.from_pretrained(str(run / "model" / "unet"))
-    unet.load_state_dict(weights)
+    try:
+        unet.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"RUN '{run}': averages/ and model/unet are of different networks; name another run") from None
     with written_whole(output) as partial:
         shutil.copytree(run / "model", partial / "model")
         unet.save_pretrained(partial / "model" / "unet")

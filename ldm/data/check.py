@@ -12,7 +12,7 @@ from ldm.data import tars
 from ldm.data.batches import open_data
 from ldm.data.captions import CaptionedImages, image_column_of, is_folder_of_text_files, load_table
 from ldm.data.columns import is_bare_number
-from ldm.errors import RunError
+from ldm.errors import RunError, UserError
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -40,6 +40,9 @@ def findings(source: str, split: str) -> Iterator[str]:
         table = load_table(config)
         yield f"{len(table):,} rows, columns: " + ", ".join(f"{n} ({_kind(f)})" for n, f in table.features.items())
         config = proposed(config, table)
+    in_one = tars.is_tars(source) or source.endswith(".parquet") or is_folder_of_text_files(source)
+    if in_one and split != DataConfig.split:
+        raise UserError(f"--split {split}: {source} has no splits; leave it out")
     data = open_data(config, seed=0).excerpt(EXCERPT)
     if config.streaming:
         yield f"of URLs, only the first {len(data):,} samples that can be decoded are looked at"

@@ -14,7 +14,8 @@ SMOOTHED_OVER = 20
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Metric to its steps and values, in the order in which metrics first appear; a torn last line is passed over.
+    """Metric to its steps and values, numbers or lists of them, in the order in which metrics first appear; torn lines
+    and what is neither are passed over.
 
     Raises:
         UserError: no metrics there.
@@ -23,14 +24,21 @@ def read_metrics(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the output_dir of a run")
     metrics: dict[str, tuple[list[float], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        step = row.pop("step")
+        if not isinstance(row, dict) or not isinstance(step := row.pop("step", None), int | float):
+            continue
         for name, value in row.items():
-            steps, values = metrics.setdefault(name, ([], []))
+            steps, values = metrics.get(name, ([], []))
+            is_list = isinstance(value, list) and value and all(isinstance(part, int | float) for part in value)
+            if not is_list and not isinstance(value, int | float):
+                continue
+            if values and isinstance(values[0], list) != is_list:
+                continue
+            metrics[name] = (steps, values)
             steps.append(step)
             values.append(value)
     if not metrics:

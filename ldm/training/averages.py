@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from ldm.errors import UserError
@@ -24,6 +24,7 @@ from ldm.training import sharded
 from ldm.training.checkpoint import Saved
 from ldm.training.optim import ema_tensors, load_ema, trained, update_average
 
+SHORTEST = 0.001  # what file names tell apart
 LONGEST = 0.28  # σ_rel of γ = 0, a plain mean, is 1 / √12
 NAME = re.compile(r"step-(\d+)-(\d\.\d{3})\.safetensors")
 
@@ -116,10 +117,10 @@ def combined(folder: Path, length: float, step: int | None = None) -> tuple[int,
     """The average of `length` at `step` (the last snapshot's where None): that step, and the weights in float32.
 
     Raises:
-        UserError: no snapshots, a length outside (0, 0.28], or no snapshot of that step.
+        UserError: no snapshots, a length that none is of, no snapshot of that step, or one that is damaged.
     """
-    if not 0 < length <= LONGEST:
-        raise UserError(f"length must be in (0, {LONGEST}], got {length:g}")
+    if not SHORTEST <= length <= LONGEST:
+        raise UserError(f"length must be in [{SHORTEST}, {LONGEST}], got {length:g}")
     kept = snapshots(folder)
     step = kept[-1].step if step is None else step
     kept = [snapshot for snapshot in kept if snapshot.step <= step]
@@ -129,8 +130,16 @@ def combined(folder: Path, length: float, step: int | None = None) -> tuple[int,
     weights = combination([each.step for each in kept], [each.length for each in kept], step, length)
     total: dict[str, Tensor] = {}
     for snapshot, weight in zip(kept, weights.tolist(), strict=True):
-        with safe_open(snapshot.path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                share = file.get_tensor(name).double() * weight
-                total[name] = total[name] + share if name in total else share
+        try:
+            tensors = load_file(snapshot.path)
+        except (SafetensorError, OSError):
+            raise UserError(f"{snapshot.path} is damaged; remove it, and the others make up for it") from None
+        found = {name: value.shape for name, value in tensors.items()}
+        if total and found != {name: value.shape for name, value in total.items()}:
+            raise UserError(f"{snapshot.path} is of another network than {kept[0].path}; remove what does not belong")
+        for name, value in tensors.items():
+            share = value.double() * weight
+            total[name] = total[name] + share if name in total else share
+    if bad := [name for name, value in total.items() if not value.isfinite().all()]:
+        raise UserError(f"{folder}: the average of {bad[0]} is not finite; take another --step or --length")
     return step, {name: value.float() for name, value in total.items()}

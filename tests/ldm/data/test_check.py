@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.check import findings
+from ldm.errors import UserError
 from pipelines.cli import main as ldm_command
 
 
@@ -51,6 +52,8 @@ def test_text_files_beside_images(tmp_path):
     (tmp_path / "a.txt").write_text("a black square")
     lines = list(findings(str(tmp_path), "train"))
     assert "row 0: 8 × 8 RGB, 'a black square'" in lines and "0 of 1 images cannot be decoded" in lines
+    with pytest.raises(UserError, match=r"--split test: .* has no splits; leave it out"):
+        list(findings(str(tmp_path), "test"))
 
 
 @pytest.mark.parametrize(("source", "words"), [("./absent", "absent: no such file"), ("", "SOURCE '' is empty")])

@@ -27,6 +27,16 @@ def test_reads_every_metric_and_passes_over_a_torn_line(run):
     assert metrics["cosine_prior"] == ([200], [0.9])
 
 
+def test_passes_over_what_is_no_metric(run):
+    rows = ['[1]', '{"loss": 9}', '{"step": "x", "loss": 9}', '{"step": 1, "loss": [9.0]}', '{"step": 1, "name": "me"}',
+            '{"step": 2, "over_t": []}', '{"step": 2, "over_t": [1.0, 2.0]}', '{"step": 3, "over_t": 3.0}']  # fmt: skip
+    before = read_metrics(run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n\xff\n" + "\n".join(rows).encode())
+    assert read_metrics(run) == {**before, "over_t": ([2], [[1.0, 2.0]])}
+    assert len(curves(run).axes) == 6
+
+
 def test_a_panel_a_metric_with_its_mean(run):
     panels = [axes for axes in curves(run).axes if axes.get_visible()]
     assert [axes.get_title() for axes in panels] == ["loss", "learning_rate", "cosine_prior", "cosine_text"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ldm.errors import UserError
@@ -64,7 +65,7 @@ def test_weights_sum_to_one_and_prefer_the_snapshot_itself():
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("length", [0, -0.1, 0.5])
+@pytest.mark.parametrize("length", [0, -0.1, 0.0009, 0.5, float("nan")])
 def test_lengths_that_are_none(tmp_path, length):
     with pytest.raises(UserError, match="length must be in"):
         averages.combined(tmp_path, length)
@@ -77,3 +78,16 @@ def test_snapshots_that_are_not_there(tmp_path):
     for step in (0, 15):
         with pytest.raises(UserError, match=f"step {step}: .* has snapshots of the steps 10, 20"):
             averages.combined(tmp_path, 0.1, step=step)
+
+
+def test_snapshots_that_are_damaged_or_of_another_network(tmp_path):
+    trained(20, [0.1], tmp_path, every=10)
+    path = tmp_path / "step-000020-0.100.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"step-000020-0.100.safetensors is damaged; remove it"):
+        averages.combined(tmp_path, 0.1)
+    for weight, words in ((torch.zeros(1, 9), "is of another network"), (torch.full((1, 8), torch.nan), "not finite")):
+        save_file({"weight": weight}, path)
+        with pytest.raises(UserError, match=words):
+            averages.combined(tmp_path, 0.1)
