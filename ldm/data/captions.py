@@ -210,12 +210,18 @@ def load_table(config: DataConfig, streaming: bool = False) -> datasets.Dataset 
                 raise UserError(f"data.source {source}: name one of its parquet files: {', '.join(parquet)}")
             if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(source).rglob("*")):
                 raise UserError(f"data.source {source}: no images there")
+            if empty := [
+                path for path in Path(source).rglob("metadata.*") if path.is_file() and not path.stat().st_size
+            ]:
+                raise UserError(f"data.source {source}: {empty[0]} is empty; write a line for each image, or remove it")
         if streaming and (Path(source).is_dir() or source in ("shapes", "digits")):
             raise UserError(
                 f"data.streaming: {source} is no tar shards, parquet files or Hub repository; set it to false"
             )
         if Path(source).is_dir():
             return datasets.load_dataset("imagefolder", data_dir=source, split=config.split)
+        if Path(source).is_file():
+            raise UserError(f"data.source {source}: a file must be .parquet or .tar; name one, or a folder of images")
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
             raise UserError(f"data.source {source}: no such file or folder, nor the name of a Hub repository")
         return datasets.load_dataset(source, split=config.split, streaming=streaming)

@@ -56,8 +56,19 @@ def test_text_files_beside_images(tmp_path):
         list(findings(str(tmp_path), "test"))
 
 
-@pytest.mark.parametrize(("source", "words"), [("./absent", "absent: no such file"), ("", "SOURCE '' is empty")])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("./absent", "absent: no such file"),
+        ("", "SOURCE '' is empty"),
+        ("0.png", "0.png: a file must be .parquet or .tar"),
+        ("empty", "empty/metadata.jsonl is empty; write a line for each image"),
+    ],
+)
 def test_what_is_no_data_set_is_told_in_a_line(folder, monkeypatch, capsys, source, words):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "metadata.jsonl").touch()
+    Image.new("RGB", (8, 8)).save(folder / "empty" / "0.png")
     monkeypatch.chdir(folder)  # whose images no empty name stands for
     with pytest.raises(SystemExit) as ended:
         ldm_command(["data-check", source])
