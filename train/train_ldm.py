@@ -126,22 +126,23 @@ def main() -> None:
         rate = optim.set_learning_rate(optimizer, step, training)
         batch = task.encoded(batch)
 
-        # Everything random, drawn for the global batch, of which this process takes its part
-        draw = generator(config.seed, "ldm", step)
+        # Everything random, drawn once a step for the global batch, of which this process takes its part
+        if accumulation_step == 0:
+            draw = generator(config.seed, "ldm", step)
+            noises = torch.randn(2, share.batch_size, *batch["latent_mean"].shape[1:], generator=draw)
+            draws = torch.rand(share.batch_size, generator=draw)
+            if config.timestep_sampling == "importance":
+                times, weights = importance.draw_timesteps(draws, importance.probabilities(history))
+            else:
+                times = timesteps(draws, config.num_train_timesteps, config.timestep_sampling)
+                weights = torch.ones(len(times))
+            after_noises = draw.get_state()
+        draw.set_state(after_noises)
         part = share.slice(accumulation_step)
-        posterior_noise, noise = torch.randn(2, share.batch_size, *batch["latent_mean"].shape[1:], generator=draw)
-        draws = torch.rand(share.batch_size, generator=draw)
-        if config.timestep_sampling == "importance":
-            if accumulation_step == 0:
-                shares = importance.probabilities(history)
-            t, weight = importance.draw_timesteps(draws, shares)
-        else:
-            t = timesteps(draws, config.num_train_timesteps, config.timestep_sampling)
-            weight = torch.ones(len(t))
         conditions = task.conditions(batch, draw, share, part)
         conditions = precision.with_tokens_cast(conditions, accelerator.mixed_precision)
         posterior_noise, noise, t, weight = (
-            values[part].to(accelerator.device) for values in (posterior_noise, noise, t, weight)
+            values[part].to(accelerator.device) for values in (*noises, times, weights)
         )
         mean, std = batch["latent_mean"].to(accelerator.device), batch["latent_std"].to(accelerator.device)
 

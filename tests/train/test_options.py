@@ -148,6 +148,13 @@ def test_micro_batches_that_fit_and_gradient_checkpointing_change_nothing(train)
     assert json.loads((found / CHECKPOINT / "state.json").read_text())["accumulation"] == 1
 
 
+def test_noise_is_drawn_once_a_step(train, monkeypatch):
+    purposes, generator = [], randomness.generator
+    monkeypatch.setattr(randomness, "generator", lambda *of: purposes.append(of[1:]) or generator(*of))
+    train("run", "training.gradient_accumulation_steps=4", "training.max_steps=2")
+    assert [purpose for purpose in purposes if purpose[0] == "ldm"] == [("ldm", 0), ("ldm", 1)]
+
+
 def test_a_step_is_saved_before_it_is_drawn(runs, arguments_of, run_script, tmp_path, monkeypatch):
     """So that what goes wrong in drawing costs no step: here a prior that is deleted while the U-Net is trained."""
     shutil.copytree(runs / "prior", tmp_path / "prior")
