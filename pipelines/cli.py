@@ -324,9 +324,12 @@ def _pictures_to_start_from(arguments: argparse.Namespace) -> dict:
 def _say_what_it_knows(folder: Path, prompt: str) -> None:
     if (folder / KNOWS).is_file():
         knows = hub.read_json(folder / KNOWS)
+        words, says = knows.get("words", []), knows.get("says", "")
+        if not isinstance(says, str) or not isinstance(words, list):
+            raise UserError(f"'{folder / KNOWS}': words must be a list, and says a text; mend it there, or remove it")
         said = set(re.findall(r"\w+", prompt.lower()))
-        if "says" in knows and not any(word in said or f"{word}s" in said for word in knows.get("words", ())):
-            print(f"note: {knows['says']}", file=sys.stderr)
+        if says and not any(word in said or f"{word}s" in said for word in words):
+            print(f"note: {says}", file=sys.stderr)
 
 
 def be_quiet() -> None:

@@ -53,7 +53,10 @@ def _repeats(template: str, row: dict[str, str]) -> bool:
 
 @functools.cache
 def _columns_of(template: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    try:
+        return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    except ValueError as error:
+        raise UserError(f"data.caption_templates {template!r}: {error}; name a column as {{label}}") from None
 
 
 def is_bare_number(feature: object) -> bool:

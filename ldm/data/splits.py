@@ -127,7 +127,9 @@ def _named_splits(source: str) -> list[str]:
         if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
             load_table(DataConfig(source=source))  # which says what is amiss
         return [str(name) for name in datasets.load_dataset_builder("imagefolder", data_dir=source).config.data_files]
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+    if folder.exists():
+        raise UserError(f"--data {source}: a file must be .parquet or .tar; name one, or a folder of images")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise UserError(f"--data {source}: no such folder or parquet file, nor the name of a Hub repository")
     try:
         builder = datasets.load_dataset_builder(source)

@@ -27,7 +27,7 @@ from ldm.components.configs import read_json
 from ldm.components.weights import check_finite, read_headers
 from ldm.errors import UserError
 from ldm.evaluation.downloads import download
-from ldm.files import sha256
+from ldm.files import expanded, sha256
 
 OPEN_CLIP = "open_clip:"
 BATCH_SIZE = 64
@@ -213,7 +213,7 @@ class _Opened(NamedTuple):
 
 
 def _open_folder(name: str, device: torch.device) -> _Opened:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
             raise UserError(f"'{name}' is none of inception, open_clip:MODEL/TAG, a folder, or owner/repository")

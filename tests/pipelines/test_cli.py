@@ -175,6 +175,9 @@ def test_a_model_says_what_it_knows_when_asked_for_something_else(model, tmp_pat
     for prompt, said in (("a photo of a Cat", False), ("two dogs", False), ("a catalogue", True), ("a boat", True)):
         assert run("generate", prompt, *common) == 0
         assert (capsys.readouterr().err == "note: it knows cat and dog\n") is said
+    (knowing / "knows.json").write_text(json.dumps({"words": 2, "says": "it knows cat and dog"}))
+    assert run("generate", "a cat", *common) == 2
+    assert "knows.json': words must be a list, and says a text" in capsys.readouterr().err
 
 
 def test_generate_starts_from_a_picture(model, photos, mask, tmp_path):

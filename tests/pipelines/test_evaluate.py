@@ -363,6 +363,8 @@ def test_what_the_data_lack_is_told(model, data, tmp_path, capsys):
         (tmp_path / "bare" / f"{number}.txt").write_text("x" * 100_001)
     assert "has 100001 characters" in refusal(capsys, *common, "--data", tmp_path / "bare")
     assert "no such folder" in refusal(capsys, *common, "--data", tmp_path / "nowhere")
+    assert "a file must be .parquet or .tar" in refusal(capsys, *common, "--data", tmp_path / "bare" / "0.png")
+    assert "'~nobody-here' is none of" in refusal(capsys, *common, "--data", data, "--features", "~nobody-here")
     assert not (tmp_path / "report").exists()
     inside = ["--model", model, "--output", model / "unet" / "report", "--data", data]
     assert "is in the model's folder" in refusal(capsys, *inside)

@@ -267,6 +267,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     ("change", "said"),
     [
         ({"image_column": "image"}, "image_column 'image': no such column.*has the columns picture, label, number"),
+        ({"caption_templates": ["a {"]}, "caption_templates 'a {': .*; name a column as {label}"),
         ({"caption_column": "text"}, "caption_column 'text'.*it has picture, label, number"),
         ({"caption_templates": ["a {lable}"]}, "name 'lable'.*it has picture, label, number"),
         ({"caption_templates": []}, "set caption_column or caption_templates.*label, number"),
