@@ -6,6 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+REMEDIES = {
+    errno.ENAMETOOLONG: "is too long for a file's name; give a shorter one",
+    errno.EACCES: "may not be opened; change its permissions, or name another",
+}
+"""What a user did with a file, wherever that is noticed first."""
+
 
 class UserError(ValueError):
     """What the user gave cannot be used: exit code 2."""
@@ -31,8 +37,8 @@ def exit_code_of(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:  # of the latter those that nobody expected, which name their file
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            print(f"error: '{error.filename}' is too long for a file's name; give a shorter one", file=sys.stderr)
+        if remedy := REMEDIES.get(getattr(error, "errno", None)):
+            print(f"error: '{error.filename}' {remedy}", file=sys.stderr)
             return 2
         print(f"failed: {error}", file=sys.stderr)
         return 1

@@ -119,3 +119,5 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "error: the user's\nfailed: the run's\n"
     assert exit_code_of(lambda: fails(OSError(5, "Input/output error", "file"))) == 1  # which nobody expected
     assert capsys.readouterr().err == "failed: [Errno 5] Input/output error: 'file'\n"
+    assert exit_code_of(lambda: fails(PermissionError(13, "Permission denied", "file"))) == 2
+    assert capsys.readouterr().err == "error: 'file' may not be opened; change its permissions, or name another\n"
