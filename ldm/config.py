@@ -293,7 +293,8 @@ class LdmConfig(RunConfig):
     image_embedding_dropout: float = 0.1
     """1: captions alone guide the U-Net."""
     joint_dropout: float = 0.05
-    """The part of both in which caption and image embedding are dropped together."""
+    """The part of both in which caption and image embedding are dropped together; more, where both are dropped so often
+    that they must coincide."""
     max_noise_level: int = 0
     """Image embeddings are noised to a level drawn from 0 … max_noise_level."""
     validation_cache: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import spread
+from ldm.diffusion.process import amounts, spread
 
 
 def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -63,4 +63,4 @@ def clip_guidance(
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(similarity(x).sum(), x)
-    return epsilon - scale * (1 - spread(alpha_bar_t, x_t)).sqrt() * gradient
+    return epsilon - scale * amounts(alpha_bar_t, x_t)[1] * gradient

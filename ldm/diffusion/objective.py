@@ -38,9 +38,10 @@ def dropped(draws: Tensor, caption: float, image: float, both: float) -> tuple[T
     """Which samples lose their caption and which their image embedding, from uniform numbers (B,) in [0, 1).
 
     A caption is dropped with probability `caption`, an image embedding with `image`, and, as a part of these, both
-    together with `both`: the condition that classifier-free guidance starts from (Ho & Salimans 2022, algorithm 1).
-    Returns two boolean masks (B,).
+    together with `both`, or as often as those two leave no other place: the condition that classifier-free guidance
+    starts from (Ho & Salimans 2022, algorithm 1). Returns two boolean masks (B,).
     """
+    both = max(both, caption + image - 1)
     both_dropped = draws < both
     caption_only = (draws >= both) & (draws < caption)
     image_only = (draws >= caption) & (draws < caption + image - both)

@@ -33,8 +33,8 @@ def q_step(x_before: Tensor, beta_t: Tensor, noise: Tensor) -> Tensor:
 
 def q_sample(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (Ho et al. 2020, equation 4). x_0, noise (B, …)."""
-    alpha_bar_t = spread(alpha_bar_t, x_0)
-    return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
+    signal, deviation = amounts(alpha_bar_t, x_0)
+    return signal * x_0 + deviation * noise
 
 
 def q_posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_before: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,18 +42,17 @@ def q_posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_before:
 
     x_0, x_t (B, …); `alpha_bar_before` (B,) is ᾱ_{t-1}. The variance is β̃_t, which is 0 where that is 1.
     """
-    alpha_bar_t, alpha_bar_before = spread(alpha_bar_t, x_0), spread(alpha_bar_before, x_0)
     alpha_t = alpha_bar_t / alpha_bar_before
-    mean = (alpha_bar_before.sqrt() * (1 - alpha_t) * x_0 + alpha_t.sqrt() * (1 - alpha_bar_before) * x_t) / (
-        1 - alpha_bar_t
-    )
-    return mean, (1 - alpha_bar_before) / (1 - alpha_bar_t) * (1 - alpha_t)
+    of_clean = alpha_bar_before.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
+    of_noised = alpha_t.sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar_t)
+    variance = (1 - alpha_bar_before) / (1 - alpha_bar_t) * (1 - alpha_t)
+    return spread(of_clean, x_0) * x_0 + spread(of_noised, x_0) * x_t, spread(variance, x_0)
 
 
 def velocity(x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
     """v = √ᾱ_t ε - √(1 - ᾱ_t) x_0 (Salimans & Ho 2022, appendix D)."""
-    alpha_bar_t = spread(alpha_bar_t, x_0)
-    return alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * x_0
+    signal, deviation = amounts(alpha_bar_t, x_0)
+    return signal * noise - deviation * x_0
 
 
 def prediction_target(prediction_type: str, x_0: Tensor, alpha_bar_t: Tensor, noise: Tensor) -> Tensor:
@@ -66,7 +65,7 @@ def prediction_target(prediction_type: str, x_0: Tensor, alpha_bar_t: Tensor, no
         return velocity(x_0, alpha_bar_t, noise)
     if prediction_type == "sample":
         return x_0
-    return -noise / (1 - spread(alpha_bar_t, noise)).sqrt()
+    return -noise / amounts(alpha_bar_t, noise)[1]
 
 
 def clean_and_noise(
@@ -77,8 +76,7 @@ def clean_and_noise(
     `epsilon` and `score` say nothing of x_0 where ᾱ_t is 0, as with zero terminal SNR, nor `sample` of ε where it is 1.
     """
     _check_prediction(prediction_type)
-    alpha_bar_t = spread(alpha_bar_t, x_t)
-    a, s = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    a, s = amounts(alpha_bar_t, x_t)
     if prediction_type == "sample":
         return prediction, (x_t - a * prediction) / s
     if prediction_type == "v_prediction":
@@ -100,6 +98,14 @@ def convert(prediction: Tensor, given: str, wanted: str, x_t: Tensor, alpha_bar_
 def _check_prediction(prediction_type: str) -> None:
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+
+
+def amounts(alpha_bar_t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ_t and √(1 - ᾱ_t) of (B,), how much of x_t is signal and how much noise, as `spread` has them.
+
+    1 - ᾱ_t is taken in the precision of ᾱ_t, not of `like`: in float32 but four digits of it are right at t = 0.
+    """
+    return spread(alpha_bar_t.sqrt(), like), spread((1 - alpha_bar_t).sqrt(), like)
 
 
 def spread(per_sample: Tensor, like: Tensor) -> Tensor:

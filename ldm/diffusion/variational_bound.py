@@ -30,8 +30,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
     """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) of each element, in nats."""
-    squares = (log_variance_1 - log_variance_2).exp() + (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
-    return 0.5 * (log_variance_2 - log_variance_1 + squares - 1)
+    log_ratio = log_variance_1 - log_variance_2
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + (mean_1 - mean_2) ** 2 * (-log_variance_2).exp())
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ def test_dropped_shares():
     assert caption.sum() == 200 and image.sum() == 150 and (caption & image).sum() == 100
     caption, image = objective.dropped(u, caption=0.1, image=0.1, both=0.1)
     assert torch.equal(caption, image) and caption.sum() == 100
+    caption, image = objective.dropped(u, caption=0.1, image=1.0, both=0.05)  # captions alone guide
+    assert caption.sum() == 100 and image.all()
+    caption, image = objective.dropped(u, caption=0.5, image=0.75, both=0.0)
+    assert caption.sum() == 500 and image.sum() == 750 and (caption & image).sum() == 250
 
 
 def test_embedding_noise_is_that_of_the_stock_pipeline():

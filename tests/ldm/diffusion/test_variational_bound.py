@@ -119,6 +119,19 @@ def test_a_term_is_a_weighted_error_of_the_noise_and_a_constant(kind):
     torch.testing.assert_close(terms[0] - terms[1], weighted, rtol=1e-9, atol=1e-12)
 
 
+def test_terms_in_single_precision_are_those_in_double():
+    """1 - ᾱ_t and 1 - α_t, which float32 would leave few digits of, are taken in the schedule's float64."""
+    alpha_bar = schedule.alphas_bar("squaredcos_cap_v2", 4000)
+    t = torch.tensor([0, 1, 5, 20, 400, 2000])
+    x_0, noise, error = torch.randn(3, len(t), 3, 64, generator=torch.Generator().manual_seed(0))
+    x_0 = x_0.clamp(-1, 1)
+    single, double = (
+        vb.bound_term(ε + 0.1 * e, x, q_sample(x, alpha_bar[t], ε), t, alpha_bar, "epsilon", "fixed_large")
+        for x, ε, e in ((x_0, noise, error), (x_0.double(), noise.double(), error.double()))
+    )
+    torch.testing.assert_close(single.double(), double, rtol=2e-4, atol=0)
+
+
 def test_the_first_term_is_the_decoders():
     alpha_bar = schedule.alphas_bar("linear", 50)
     x_0 = (torch.arange(6, dtype=DOUBLE) / 127.5 - 1).view(1, 2, 3)
