@@ -16,13 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
-from ldm.data import shapes, tars
+from ldm.data import shapes, tars, text_files
 from ldm.data.columns import as_text, caption_columns, make_captions, words
 from ldm.data.decode import open_picture, to_square
+from ldm.data.text_files import IMAGE_SUFFIXES, is_folder_of_text_files
 from ldm.errors import RunError, UserError
 from ldm.training import randomness
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MEMORY_LIMIT = 2**30  # decoded images are kept in memory up to this many bytes
 _SHAPES_LENGTH = 20_000
 
@@ -40,11 +40,12 @@ class CaptionedImages(torch.utils.data.Dataset):
         read_image: Callable[[int], Image.Image],
         read_captions: Callable[[int], list[str]],
         length: int,
+        file_of: Callable[[int], str | None] = lambda index: None,
         left_out: int = 0,
     ):
         """left_out: samples that are not among the `length` because they lack a picture or a caption."""
         self.config, self.seed, self.length, self.left_out = config, seed, length, left_out
-        self._read_image, self._read_captions = read_image, read_captions
+        self._read_image, self._read_captions, self._file_of = read_image, read_captions, file_of
         pixels = 3 * config.image_size**2
         self._pixels = _shared(length * pixels).reshape(length, pixels) if length * pixels <= _MEMORY_LIMIT else None
         self._is_read, self._is_unreadable = _shared(length), _shared(length)
@@ -73,6 +74,11 @@ class CaptionedImages(torch.utils.data.Dataset):
         """A data set of at least `count` samples, where there are so many: this one. Streams have another answer."""
         return self
 
+    def name(self, index: int) -> str:
+        """What messages call sample `index`: its number, and its file where it has one of its own."""
+        file = self._file_of(index)
+        return f"image {index} of {self.config.source}" + (f" ({file})" if file else "")
+
     def open(self, index: int) -> Image.Image:
         """The picture of sample `index` as it is stored; only its header is read yet."""
         return self._read_image(index)
@@ -89,7 +95,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         try:
             image = to_square(self.open(index), size)
         except Exception as error:  # damaged files make decoders raise anything
-            raise RunError(f"image {index} of {self.config.source} cannot be decoded: {error}") from None
+            raise RunError(f"{self.name(index)} cannot be decoded: {error}") from None
         values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         if self._pixels is not None:
             self._pixels[index] = values.reshape(-1)
@@ -169,8 +175,10 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
     if config.source == "digits":
         return _open_digits(config, seed)
     if tars.is_tars(config.source):
+        check_no_split(config)
         read_image, captions, left_out = tars.index(config)
-        return CaptionedImages(config, seed, read_image, lambda index: captions[index], len(captions), left_out)
+        captions_of = captions.__getitem__
+        return CaptionedImages(config, seed, read_image, captions_of, len(captions), left_out=left_out)
     if is_folder_of_text_files(config.source):
         return _open_text_files(config, seed, Path(config.source))
     table = load_table(config)
@@ -187,13 +195,16 @@ def open_images(config: DataConfig, seed: int) -> CaptionedImages:
         stored = images[index][image_column]
         return open_picture(stored["bytes"] if stored["bytes"] is not None else stored["path"])
 
-    return CaptionedImages(config, seed, read_image, caption_of, len(table))
+    return CaptionedImages(config, seed, read_image, caption_of, len(table), lambda i: images[i][image_column]["path"])
 
 
-def is_folder_of_text_files(source: str) -> bool:
-    """Whether captions lie in a .txt file beside each image."""
-    folder = Path(source)
-    return folder.is_dir() and not any(folder.glob("metadata.*")) and any(folder.rglob("*.txt"))
+def check_no_split(config: DataConfig) -> None:
+    """Raises UserError where a split is asked of files that are all of one."""
+    if config.split != "train":
+        raise UserError(
+            f"data.split {config.split}: {config.source} has no splits; take a folder or repository that has, or name "
+            "the files of that split as data.source"
+        )
 
 
 def load_table(config: DataConfig, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -204,6 +215,7 @@ def load_table(config: DataConfig, streaming: bool = False) -> datasets.Dataset 
         if source.endswith(".parquet"):
             if not glob.glob(source, recursive=True):
                 raise UserError(f"data.source {source}: no such file")
+            check_no_split(config)
             return datasets.load_dataset("parquet", data_files=source, split="train", streaming=streaming)
         if Path(source).is_dir():
             if parquet := sorted(str(path) for path in Path(source).glob("*.parquet")):
@@ -260,26 +272,26 @@ def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: s
 
 
 def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedImages:
-    """A folder with the caption of `name.png` in `name.txt`."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths = [path for path in paths if path.with_suffix(".txt").is_file()][: config.max_images]
-    if not paths:
-        raise UserError(f"data.source {folder}: no image there has a .txt file of the same name beside it")
+    """A folder with the caption of `name.png` in `name.txt`: its column `text`, which needs not be named."""
+    if config.caption_column is not None or config.caption_templates:
+        caption_columns(config, text_files.COLUMNS, "image")
+    paths, without = text_files.images_in(folder, config.split)
+    if without:
+        more = f"; nor have {len(without) - 1} more" if len(without) > 1 else ""
+        tqdm.write(f"warning: {without[0]} has no .txt beside it: left out{more}", file=sys.stderr)
+
+    def captions(index: int) -> list[str]:
+        row = {"text": text_files.caption_of(paths[index])}
+        return make_captions(config, row) if config.caption_templates else list(row.values())
+
     return CaptionedImages(
         config,
         seed,
         lambda index: open_picture(str(paths[index])),
-        lambda index: [_caption_in(paths[index].with_suffix(".txt"))],
-        len(paths),
+        captions,
+        len(paths[: config.max_images]),
+        lambda index: str(paths[index].relative_to(folder)),
     )
-
-
-def _caption_in(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise UserError(f"data.source: caption {path} cannot be read: {reason}; mend it, or remove its image") from None
 
 
 def _open_shapes(config: DataConfig, seed: int) -> CaptionedImages:

@@ -10,9 +10,10 @@ from ldm.clip.tokenizer import clip_tokenizer
 from ldm.config import DataConfig
 from ldm.data import tars
 from ldm.data.batches import open_data
-from ldm.data.captions import CaptionedImages, image_column_of, is_folder_of_text_files, load_table
+from ldm.data.captions import CaptionedImages, image_column_of, load_table
 from ldm.data.columns import is_bare_number
-from ldm.errors import RunError, UserError
+from ldm.data.text_files import is_folder_of_text_files
+from ldm.errors import RunError
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -40,10 +41,9 @@ def findings(source: str, split: str) -> Iterator[str]:
         table = load_table(config)
         yield f"{len(table):,} rows, columns: " + ", ".join(f"{n} ({_kind(f)})" for n, f in table.features.items())
         config = proposed(config, table)
-    in_one = tars.is_tars(source) or source.endswith(".parquet") or is_folder_of_text_files(source)
-    if in_one and split != DataConfig.split:
-        raise UserError(f"--split {split}: {source} has no splits; leave it out")
     data = open_data(config, seed=0).excerpt(EXCERPT)
+    if is_folder_of_text_files(source):
+        yield f"{len(data):,} images with a .txt beside them, columns: image (image), text (string)"
     if config.streaming:
         yield f"of URLs, only the first {len(data):,} samples that can be decoded are looked at"
     yield "data:"
@@ -51,8 +51,9 @@ def findings(source: str, split: str) -> Iterator[str]:
         if value := getattr(config, name):
             yield f"  {name}: {value}"
     for index in range(min(ROWS, len(data))):
-        yield f"row {index}: {_size(data, index)}, {data.captions(index)[0]!r}"
-    yield from _unreadable(data)
+        size = "" if config.streaming else f"{_size(data, index)}, "  # an excerpt of a stream is scaled already
+        yield f"row {index}: {size}{data.captions(index)[0]!r}"
+    yield from _unreadable(data, config.streaming)
     yield from _too_long(data)
 
 
@@ -108,13 +109,20 @@ def _size(data: CaptionedImages, index: int) -> str:
         return f"cannot be decoded: {error}"
 
 
-def _unreadable(data: CaptionedImages) -> Iterator[str]:
-    bad = []
+def _unreadable(data: CaptionedImages, is_excerpt: bool) -> Iterator[str]:
+    bad, sides = [], []
     for index in tqdm(range(len(data)), desc="decoding", unit=" images", leave=False):
         try:
             data.pixels(index)
+            if not is_excerpt:
+                sides.append(min(data.open(index).size))
         except RunError as error:
             bad.append(str(error))
+    if sides:
+        yield (
+            f"shorter sides of {min(sides):,} to {max(sides):,} pixels, median {sorted(sides)[len(sides) // 2]:,}, "
+            "which data.image_size makes one"
+        )
     yield f"{len(bad)} of {len(data):,} images cannot be decoded"
     yield from (f"  {error}" for error in bad[:NAMED])
     if len(bad) > NAMED:
@@ -126,7 +134,7 @@ def _too_long(data: CaptionedImages) -> Iterator[str]:
     captions = list(dict.fromkeys(caption for index in range(len(data)) for caption in data.captions(index)))
     if without := sum(not data.captions(index)[0] for index in range(len(data))):
         yield f"{without:,} images have an empty caption, which stands for none"
-    lengths = [len(ids) for ids in tokenizer(captions).input_ids]
+    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
     cut = sum(length > CONTEXT_LENGTH for length in lengths)
     yield (
         f"{len(captions):,} different captions, at most {max(lengths)} of CLIP's tokens long; {cut} are longer than "

@@ -10,7 +10,7 @@ import fsspec
 
 from ldm.config import DataConfig
 from ldm.data import tars
-from ldm.data.captions import image_column_of, load_table
+from ldm.data.captions import check_no_split, image_column_of, load_table
 from ldm.data.columns import as_text, caption_columns, make_captions, words
 from ldm.errors import UserError
 
@@ -45,6 +45,7 @@ def open_shards(config: DataConfig, num_processes: int) -> Shards:
         UserError: no such source, nothing that can be streamed, or a column that is not there.
     """
     if tars.is_tars(config.source):
+        check_no_split(config)
         return _tar_shards(config)
     return _table_shards(config, num_processes)
 

@@ -9,9 +9,10 @@ import datasets
 
 from ldm.config import DataConfig
 from ldm.data import tars
-from ldm.data.captions import IMAGE_SUFFIXES, is_folder_of_text_files, load_table
+from ldm.data.captions import load_table
 from ldm.data.check import proposed, proposed_of_tars
 from ldm.data.columns import caption_columns, is_bare_number
+from ldm.data.text_files import IMAGE_SUFFIXES, is_folder_of_text_files, split_folders
 from ldm.errors import UserError
 from ldm.files import expanded
 
@@ -38,8 +39,8 @@ def splits_of(source: str) -> dict[str, DataConfig]:
     if folder.is_dir() and (found := _parquet_files(folder)):
         return {name: DataConfig(source=pattern) for name, pattern in found.items()}
     if is_folder_of_text_files(str(folder)):
-        parts = [part for part in folder.iterdir() if part.is_dir() and _begins_with_split(part.name) == part.name]
-        return {part.name: DataConfig(source=str(part)) for part in parts} or {WHOLE: DataConfig(source=str(folder))}
+        config = DataConfig(source=str(folder))
+        return {name: replace(config, split=name) for name in split_folders(folder)} or {WHOLE: config}
     return {name: DataConfig(source=source, split=name) for name in _named_splits(source)}
 
 

@@ -82,5 +82,5 @@ def _attempt(data: CaptionedImages, row: int, work: Callable[[Image.Image], Any]
     try:
         return work(data.open(row))
     except Exception as error:  # damaged files make decoders raise anything
-        faults[row] = f"image {row} of {data.config.source} cannot be decoded: {error}"
+        faults[row] = f"{data.name(row)} cannot be decoded: {error}"
         return None

@@ -31,7 +31,7 @@ from ldm.data.decode import open_picture
 from ldm.errors import UserError
 
 SUFFIX = ".tar"
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 TIMEOUT = 60  # seconds without a byte until a server is given up
 PEEKED = 100  # samples of the first shard whose columns are looked at
 

@@ -47,13 +47,19 @@ def test_labels_become_a_template(tmp_path):
     assert "row 1: 8 × 8 L, 'a photo of a dog'" in lines
 
 
-def test_text_files_beside_images(tmp_path):
+def test_text_files_beside_images(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a black square")
+    Image.new("RGB", (9, 12)).save(tmp_path / "b.PNG")
+    (tmp_path / "b.txt").write_text("word " * 90)
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
     lines = list(findings(str(tmp_path), "train"))
-    assert "row 0: 8 × 8 RGB, 'a black square'" in lines and "0 of 1 images cannot be decoded" in lines
-    with pytest.raises(UserError, match=r"--split test: .* has no splits; leave it out"):
-        list(findings(str(tmp_path), "test"))
+    assert lines[0] == "2 images with a .txt beside them, columns: image (image), text (string)"
+    assert "row 0: 8 × 8 RGB, 'a black square'" in lines and "0 of 2 images cannot be decoded" in lines
+    assert "shorter sides of 8 to 9 pixels, median 9, which data.image_size makes one" in lines
+    said = capsys.readouterr().err.splitlines()
+    assert f"warning: {tmp_path / 'c.png'} has no .txt beside it: left out" in said
+    assert not [line for line in said if "sequence length" in line]
 
 
 @pytest.mark.parametrize(
