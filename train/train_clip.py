@@ -147,7 +147,7 @@ def main() -> None:
             memory.give_back()
 
         done = step + 1
-        if done % training.log_every == 0 or done == training.max_steps:
+        if tracker.logs(done):
             numbers = {caption: number for number, caption in enumerate(dict.fromkeys(batch["captions"]))}
             caption_ids = torch.tensor([numbers[caption] for caption in batch["captions"]], device=image.device)
             to_text, to_image = retrieval_at_1(image.detach(), text.detach(), caption_ids)
@@ -160,7 +160,7 @@ def main() -> None:
                 **guard.metrics(),
             )
             chance = math.log(share.batch_size)
-            if means and done >= max(100, 2 * training.warmup_steps) and means["clip_loss"] > 0.98 * chance:
+            if done >= max(100, 2 * training.warmup_steps) and means["clip_loss"] > 0.98 * chance:
                 tracker.say(
                     f"warning: step {done}: the loss {means['clip_loss']:.3f} sits at ln({share.batch_size}) = "
                     f"{chance:.3f}, which is chance; lower training.learning_rate or look at the captions"

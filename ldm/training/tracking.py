@@ -51,11 +51,15 @@ class Tracker:
         for name, value in metrics.items():
             self.collected.setdefault(name, []).append(value.detach())
 
+    def logs(self, step: int) -> bool:
+        """Whether `step` is a logging step: every `training.log_every`th, the first and the last."""
+        return step % self.training.log_every == 0 or step in (1, self.training.max_steps)
+
     def step(self, step: int, **metrics: float) -> dict[str, float] | None:
         """After step `step` (1 is the first): on logging steps, writes and returns the means since the last, over all
         processes, which all come here."""
         self.bar.update(self.training.batch_size)
-        if step % self.training.log_every and step != 1:
+        if not self.logs(step):
             return None
         values = torch.stack([torch.stack(values).float().mean() for values in self.collected.values()])
         if distributed.is_initialized():

@@ -28,6 +28,15 @@ def test_means_since_the_last_line(tmp_path, logged):
     assert [(line["step"], line["loss"]) for line in logged()] == [(1, 1.0), (2, 2.0), (4, 3.5), (6, 5.5)]
 
 
+def test_the_last_step_is_logged_whatever_its_number(tmp_path, logged):
+    tracker = Tracker(tmp_path, 0, TrainingConfig(max_steps=5, log_every=3), True)
+    for step in range(1, 6):
+        tracker.collect(loss=torch.tensor(float(step)))
+        tracker.step(step)
+    tracker.close()
+    assert [(line["step"], line["loss"]) for line in logged()] == [(1, 1.0), (3, 2.5), (5, 4.5)]
+
+
 def test_speed_and_memory_are_there(tmp_path, logged):
     run(tmp_path, 0, 4)
     for line in logged():
