@@ -8,6 +8,7 @@ from math import inf
 from typing import Any
 
 from ldm.errors import choose, require
+from ldm.lora_config import LoraConfig
 
 NOISE_LEVELS = 1000
 """To which image embeddings can be noised, however many timesteps the latents have."""
@@ -228,34 +229,6 @@ class PriorConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Adapters of low rank beside weights that stay as they are: W + α/r · B A (Hu et al. 2021, §4.1)."""
-
-    rank: int = 8
-    alpha: float | None = None
-    """α; None takes the rank, so that B A is added as it is."""
-    dropout: float = 0.0
-    """Of what an adapter reads."""
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """Ends of the names of the U-Net's layers that get one."""
-    text_encoder: bool = False
-    """Whether the text encoder gets adapters, too."""
-    text_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj"])
-    """The same of its layers."""
-    image_embeddings: str = "image"
-    """Of U-Nets that these guide: `image`, each picture's own, as they were trained; or `prior`, what the prior makes
-    of its caption, as drawing does, so that adapters teach what the prior does not know. That takes longer."""
-
-    def __post_init__(self):
-        choose("lora.image_embeddings", self.image_embeddings, ("image", "prior"))
-        require(self.rank > 0, "lora.rank", self.rank, "> 0")
-        require(self.alpha is None or 0 < self.alpha < inf, "lora.alpha", self.alpha, "> 0 or null")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
-        for name in ("target_modules", "text_target_modules"):
-            require(len(getattr(self, name)) > 0, f"lora.{name}", getattr(self, name), "a list of at least one name")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LdmConfig(RunConfig):
     """train_ldm.py: the conditional U-Net in latent space (Rombach et al. 2022; Ramesh et al. 2022, §2.1)."""
 
@@ -308,6 +281,9 @@ class LdmConfig(RunConfig):
     snapshot_every: int = 500
     """Steps between those snapshots."""
     sample_guidance_scale: float = 3.0
+    """With which sample grids are drawn, and by default the pipeline that `ldm assemble` makes of this run."""
+    sample_prior_guidance_scale: float | None = None
+    """The same of the prior; None: a pipeline's default, Diffusers' 4."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids; none draws none. In pixel space grids are drawn without."""
     size_conditioning: bool = False
@@ -353,8 +329,10 @@ class LdmConfig(RunConfig):
              and len({f"{length:.3f}" for length in self.average_lengths}) == len(self.average_lengths),
              "average_lengths", "different thousandths, each in [0.001, 0.28]"),
             (self.snapshot_every > 0, "snapshot_every", "> 0"),
-            (in_pixels or not self.class_conditional, "class_conditional", "false unless autoencoder is none"),
-            (in_pixels or not self.greyscale, "greyscale", "false unless autoencoder is none"),
+            *((in_pixels or not getattr(self, name), name, "false unless autoencoder is none")
+              for name in ("class_conditional", "greyscale")),
+            *((getattr(self, name) is None or 0 <= getattr(self, name) < inf, name, ">= 0")
+              for name in ("sample_guidance_scale", "sample_prior_guidance_scale")),
             (not in_pixels or not self.size_conditioning, "size_conditioning", "false in pixel space"),
             (not self.size_conditioning or not self.model.get("addition_embed_type"), "size_conditioning",
              "false unless model.addition_embed_type is null, whose place in the U-Net it takes"),

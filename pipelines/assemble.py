@@ -43,9 +43,10 @@ def assemble(
 ) -> Path:
     """Puts the stages' components together in `output`, weights in `dtype` (float16 or float32). Returns the folder.
 
-    Each stage is a run folder or its `model/` folder. Whatever the weights are stored in, the pipeline computes in
-    float32 unless it is opened otherwise. Raises `UserError` where a stage is incomplete or does not fit the others, or
-    `output` is in use; nothing is left behind then.
+    Each stage is a run folder or its `model/` folder. The pipeline draws with the guidance of the U-Net run's sample
+    grids, and computes in float32, whatever the weights are stored in, unless it is opened otherwise. Raises
+    `UserError` where a stage is incomplete or does not fit the others, or `output` is in use; nothing is left behind
+    then.
     """
     if dtype not in FLOAT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")
@@ -55,7 +56,7 @@ def assemble(
 
     with written_whole(output) as partial:
         partial.mkdir(parents=True)
-        _save_pipeline(folders, partial, dtype)
+        _save_pipeline(folders, partial, dtype, _settings(expanded(unet)))
         _keep_training({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}, partial)
         for file in partial.rglob("*.safetensors"):
             make_readable(file)
@@ -162,7 +163,18 @@ def check_fit(folders: dict[str, Path]) -> None:
           "export CLIP again")  # fmt: skip
 
 
-def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
+def _settings(run: Path) -> dict[str, float]:
+    """With what the U-Net's run drew its sample grids: what its pictures were judged by while it trained."""
+    import yaml
+
+    if not (run / "config.yaml").is_file():
+        return {}
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    names = ("guidance_scale", "prior_guidance_scale")
+    return {name: config[f"sample_{name}"] for name in names if config.get(f"sample_{name}") is not None}
+
+
+def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings: dict[str, float]) -> None:
     # Imported here: a mistake in the folders is told without waiting for torch.
     import torch
     from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
@@ -194,6 +206,7 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str) -> None:
         image_normalizer=model(StableUnCLIPImageNormalizer, "image_normalizer"),
         image_noising_scheduler=_scheduler(folders["image_noising_scheduler"]),
     )
+    pipeline.default_settings = settings
     pipeline.save_pretrained(output)
     for name in IMAGE_TOWER:
         if (source := folders["text_encoder"].parent / name).is_dir():

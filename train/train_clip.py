@@ -5,6 +5,7 @@
 Leaves `<output_dir>/model/{text_encoder,image_encoder,tokenizer,image_processor}` for transformers.
 """
 
+import itertools
 import math
 import sys
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from open_clip import ClipLoss
 from open_clip.loss import gather_features
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ldm import configuration
 from ldm.clip import augment, export
 from ldm.clip.model import build, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
-from ldm.clip.tokenizer import clip_tokenizer, encode, train_tokenizer
+from ldm.clip.tokenizer import clip_tokenizer, encode, lengths, train_tokenizer
 from ldm.config import ClipConfig
 from ldm.data.batches import data_state, micro_batches, open_data
 from ldm.data.captions import CaptionedImages
@@ -32,6 +34,7 @@ from ldm.training.tracking import Tracker
 from pipelines.arguments import parse_training_arguments
 
 TOKENIZER_CAPTIONS = 50_000
+MEASURED_CAPTIONS = 1_000
 GRID_CAPTIONS = 16
 GRID_AMONG = 512
 
@@ -76,6 +79,8 @@ def main() -> None:
             )
         tokenizer = started_from.tokenizer
         clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
+    if accelerator.is_main_process:
+        warn_of_cut_captions(tokenizer, data)
     embedding_dim = clip.text_projection.shape[1]
     run.ready(clip, training, accelerator)
     model = Slip(clip, embedding_dim)
@@ -213,11 +218,23 @@ def check_agrees(config: ClipConfig, sizes: dict[str, Any]) -> None:
     run.check_agrees(config.init, "CLIP", sizes, model)
 
 
-def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream):
+def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream) -> CLIPTokenizer:
     """CLIP's own tokenizer, or a BPE of `vocabulary_size` trained on the captions."""
     if config.vocabulary_size is None:
         return clip_tokenizer(config.context_length)
     return train_tokenizer(data.some_captions(TOKENIZER_CAPTIONS), config.vocabulary_size, config.context_length)
+
+
+def warn_of_cut_captions(tokenizer: CLIPTokenizer, data: CaptionedImages | CaptionedStream) -> None:
+    """Tells how many captions have an end that CLIP does not read."""
+    captions = list(itertools.islice(data.some_captions(MEASURED_CAPTIONS), MEASURED_CAPTIONS))
+    tokens, most = lengths(tokenizer, captions), tokenizer.model_max_length
+    if cut := sum(length > most for length in tokens):
+        tqdm.write(
+            f"warning: {cut} of {len(captions)} captions looked at are longer than context_length {most}, up to "
+            f"{max(tokens)} tokens; the rest of them is not read: raise context_length, or shorten them",
+            file=sys.stderr,
+        )
 
 
 @torch.no_grad()

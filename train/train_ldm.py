@@ -387,6 +387,7 @@ def samples(
     images = pipeline(
         config.sample_prompts,
         guidance_scale=config.sample_guidance_scale,
+        prior_guidance_scale=config.sample_prior_guidance_scale,
         generator=[generator(config.seed, "samples", number) for number in range(len(config.sample_prompts))],
         output_type="pt",
     ).images

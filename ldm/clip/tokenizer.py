@@ -67,6 +67,11 @@ def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[Tensor, Tenso
     return tokens.input_ids, tokens.attention_mask
 
 
+def lengths(tokenizer: CLIPTokenizer, captions: list[str]) -> list[int]:
+    """How many tokens each caption has, start and end among them, whatever the context length."""
+    return [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+
+
 def _tokenizer(pieces: list[str], merges: list[tuple[str, str]], context_length: int) -> CLIPTokenizer:
     # end of text gets the highest id: open_clip pools the text where the id is largest
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, START, END]))}

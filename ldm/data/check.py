@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import datasets
 from tqdm import tqdm
 
-from ldm.clip.tokenizer import clip_tokenizer
+from ldm.clip.tokenizer import clip_tokenizer, lengths
 from ldm.config import DataConfig
 from ldm.data import tars
 from ldm.data.batches import open_data
@@ -134,9 +134,9 @@ def _too_long(data: CaptionedImages) -> Iterator[str]:
     captions = list(dict.fromkeys(caption for index in range(len(data)) for caption in data.captions(index)))
     if without := sum(not data.captions(index)[0] for index in range(len(data))):
         yield f"{without:,} images have an empty caption, which stands for none"
-    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
-    cut = sum(length > CONTEXT_LENGTH for length in lengths)
+    tokens = lengths(tokenizer, captions)
+    cut = sum(length > CONTEXT_LENGTH for length in tokens)
     yield (
-        f"{len(captions):,} different captions, at most {max(lengths)} of CLIP's tokens long; {cut} are longer than "
+        f"{len(captions):,} different captions, at most {max(tokens)} of CLIP's tokens long; {cut} are longer than "
         f"its context of {CONTEXT_LENGTH} and would be cut"
     )

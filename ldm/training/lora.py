@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from ldm import files, hub
 from ldm.clip.tokenizer import encode
 from ldm.components.configs import read_json
-from ldm.config import LdmConfig, LoraConfig
+from ldm.config import LdmConfig
 from ldm.data.batches import open_data
 from ldm.data.captions import open_images
 from ldm.data.order import Share
 from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, timesteps
 from ldm.errors import UserError, nearest
+from ldm.lora_config import LoraConfig
 from ldm.training import randomness
 from ldm.training.checkpoint import Saved
 from ldm.training.task import Task

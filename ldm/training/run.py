@@ -30,6 +30,7 @@ FREE_ON_RESUME = {
     "resume.allow",
     "data.num_workers",
     "snapshot_every",
+    *(f"sample_{name}" for name in ("prompts", "guidance_scale", "prior_guidance_scale")),
     "training.wandb_project",
     *(f"training.{name}" for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")),
     *(f"training.{name}" for name in ("num_processes", "timeout_seconds")),

@@ -47,6 +47,7 @@ def test_save_and_load_give_an_equal_config(tmp_path):
         ("training.precision=bf15", ["training.precision", "did you mean 'bf16'"]),
         ("caption_dropout=1.5", ["caption_dropout", "1.5"]),
         ("joint_dropout=0.5", ["joint_dropout", "0.5"]),
+        ("sample_prior_guidance_scale=-1", ["sample_prior_guidance_scale", "-1"]),
         ("max_noise_level=1000", ["max_noise_level", "1000"]),
         ("data.source=''", ["data.source must be", "got ''"]),
         ("data.source=", ["data.source", "needs a value"]),

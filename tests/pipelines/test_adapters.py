@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from ldm import hub as ldm_hub
-from ldm.config import LoraConfig
 from ldm.errors import UserError
+from ldm.lora_config import LoraConfig
 from ldm.training.lora import AdaptedUNet, add_adapters, save_adapters
 from pipelines import LatentDiffusionPipeline, LatentDiffusionPriorPipeline, cli
 

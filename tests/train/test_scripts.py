@@ -119,6 +119,9 @@ def test_the_runs_assemble_into_a_pipeline_that_draws(runs, tmp_path):
         ldm_command(["assemble", *arguments, "--output", str(tmp_path / "model")])
     assert ended.value.code == 0
     pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "model")
+    # It draws with the guidance of the run's own grids
+    settings = pipeline.default_settings
+    assert (settings["guidance_scale"], settings["prior_guidance_scale"]) == (1.5, 1.0)
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline("a small red circle on the left", num_inference_steps=2, prior_num_inference_steps=2).images
     assert image.size == (32, 32)
@@ -138,6 +141,11 @@ def test_clip_that_learns_nothing_says_so(runs, arguments_of, run_script, tmp_pa
     assert run_script("clip", arguments_of("clip", runs, tmp_path / "run", *slow)) == 0
     said = capfd.readouterr().out
     assert "warning: step 100: the loss" in said and "sits at ln(8) = 2.079" in said
+
+
+def test_clip_says_which_captions_it_does_not_read_to_the_end(runs, arguments_of, run_script, tmp_path, capfd):
+    assert run_script("clip", arguments_of("clip", runs, tmp_path / "run", "context_length=10")) == 0
+    assert "24 captions looked at are longer than context_length 10, up to" in capfd.readouterr().err
 
 
 def test_autoencoder_that_collapses_says_so(runs, arguments_of, run_script, tmp_path, capfd):
