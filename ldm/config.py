@@ -29,8 +29,9 @@ class DataConfig:
     """Column with the image, or None for the only one that holds images. Of tar shards: the suffix, or None for
     whichever of jpg, png … a sample has."""
     caption_column: str | None = None
-    """Column with the caption, which is empty where a row has none; or None where templates write it. Of tar shards: a
-    suffix such as txt, or a field of the .json member such as json.caption; templates take both, too."""
+    """Column with the caption, which is empty where a row has none, or a list of captions, of which one is drawn for
+    each sample and epoch; or None where templates write it. Of tar shards: a suffix such as txt, or a field of the
+    .json member such as json.caption; templates take both, too, and of a list the first."""
     caption_templates: list[str] = field(default_factory=list)
     """Captions over columns, such as "a photo of a {label}"; one is drawn for each sample and epoch, the first is the
     canonical one. Class labels become their names. The first stands in for one over several columns that hold the same

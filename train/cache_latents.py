@@ -99,6 +99,8 @@ def main() -> None:
     # Captions of those images, each different one once, and the empty one, which stands for none
     numbers = {"": 0}
     choices = [[numbers.setdefault(caption, len(numbers)) for caption in captions_of(row)] for row in kept]
+    most = max(map(len, choices), default=0)  # those of a row with fewer come again, in turn
+    choices = [[of_row[place % len(of_row)] for place in range(most)] for of_row in choices]
     texts = list(numbers)
     caption_keys = [caption_key(text) for text in texts]
     captions_before = Held(whole_shards(accelerator, folder, "captions"))

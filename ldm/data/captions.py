@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.data import shapes, tars, text_files
-from ldm.data.columns import as_text, caption_columns, make_captions, words
+from ldm.data.columns import caption_columns, make_captions, texts
 from ldm.data.decode import open_picture, to_square
 from ldm.data.text_files import IMAGE_SUFFIXES, is_folder_of_text_files
 from ldm.errors import RunError, UserError
@@ -262,12 +262,11 @@ def image_column_of(config: DataConfig, table: datasets.Dataset | datasets.Itera
 
 
 def _caption_reader(config: DataConfig, table: datasets.Dataset, image_column: str) -> Callable[[int], list[str]]:
-    needed = caption_columns(config, table.column_names, image_column)
-    if config.caption_column is not None:
-        captions = table[config.caption_column]
-        return lambda index: [as_text(captions[index])]
-    kinds = table.features  # which are copied each time they are asked for
-    values = {name: [words(config, kinds[name], name, value) for value in table[name][:]] for name in needed}
+    needed, kinds = caption_columns(config, table.column_names, image_column), table.features
+    if config.caption_column is not None:  # which may be long, and is read row by row
+        column = table[config.caption_column]
+        return lambda index: texts(config, kinds[config.caption_column], config.caption_column, column[index])
+    values = {name: [texts(config, kinds[name], name, value) for value in table[name][:]] for name in needed}
     return lambda index: make_captions(config, {name: column[index] for name, column in values.items()})
 
 
@@ -281,8 +280,8 @@ def _open_text_files(config: DataConfig, seed: int, folder: Path) -> CaptionedIm
         tqdm.write(f"warning: {without[0]} has no .txt beside it: left out{more}", file=sys.stderr)
 
     def captions(index: int) -> list[str]:
-        row = {"text": text_files.caption_of(paths[index])}
-        return make_captions(config, row) if config.caption_templates else list(row.values())
+        text = [text_files.caption_of(paths[index])]
+        return make_captions(config, {"text": text}) if config.caption_templates else text
 
     return CaptionedImages(
         config,

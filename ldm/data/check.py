@@ -61,7 +61,7 @@ def proposed(config: DataConfig, table: datasets.Dataset) -> DataConfig:
     """`config` with the image column, and the caption column that its name or its texts' length speaks for; without
     any text, or where `label_names` are given, a template over a class label or a column of whole numbers."""
     image = image_column_of(config, table)
-    texts = [name for name, feature in table.features.items() if _kind(feature) == "string" and name != image]
+    texts = [name for name, feature in table.features.items() if _kind(feature).endswith("string") and name != image]
     named = [name for name in CAPTION_NAMES if name in texts]
     if texts and not config.label_names:
         first = table.select(range(min(100, len(table))))
@@ -98,7 +98,9 @@ def _kind(feature: object) -> str:
         return f"label of {feature.num_classes}"
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
         return "image"
-    return str(getattr(feature, "dtype", None) or "list")
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return f"list of {_kind(inner)}"
+    return str(getattr(feature, "dtype", None) or "other")
 
 
 def _size(data: CaptionedImages, index: int) -> str:

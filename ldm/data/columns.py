@@ -35,13 +35,13 @@ def caption_columns(config: DataConfig, columns: Collection[str], image_column: 
     return sorted(needed)
 
 
-def make_captions(config: DataConfig, row: dict[str, str]) -> list[str]:
-    """The captions of a row of `caption_columns`, whose values are words: the column, or each template filled in. The
-    first template stands in for one that would say the same words twice: "a {name}, a kind of {concept}" where both are
-    "camel". So all rows have as many captions."""
+def make_captions(config: DataConfig, row: dict[str, list[str]]) -> list[str]:
+    """The captions of a row of `caption_columns`, whose values are `texts`: those of the column, or each template
+    filled in with the first of each. The first template stands in for one that would say the same words twice:
+    "a {name}, a kind of {concept}" where both are "camel"."""
     if config.caption_column is not None:
-        return [row[config.caption_column]]
-    first = config.caption_templates[0]
+        return row[config.caption_column]
+    row, first = {name: values[0] for name, values in row.items()}, config.caption_templates[0]
     return [fill_template(first if _repeats(template, row) else template, row) for template in config.caption_templates]
 
 
@@ -67,6 +67,13 @@ def is_bare_number(feature: object) -> bool:
 def as_text(value: object) -> str:
     """A value of a column; where there is none, the empty text."""
     return "" if value is None else str(value)
+
+
+def texts(config: DataConfig, feature: object, column: str, value: object) -> list[str]:
+    """A value as one caption or, where it is a list, as several; an empty list is one that says nothing."""
+    if not isinstance(value, list):
+        return [words(config, feature, column, value)]
+    return [words(config, getattr(feature, "feature", None), column, one) for one in value or [None]]
 
 
 def words(config: DataConfig, feature: object, column: str, value: object) -> str:

@@ -11,7 +11,7 @@ import fsspec
 from ldm.config import DataConfig
 from ldm.data import tars
 from ldm.data.captions import check_no_split, image_column_of, load_table
-from ldm.data.columns import as_text, caption_columns, make_captions, words
+from ldm.data.columns import caption_columns, make_captions, texts
 from ldm.errors import UserError
 
 
@@ -84,11 +84,9 @@ def _table_shards(config: DataConfig, num_processes: int) -> Shards:
     def rows(shard: int, first: int, pictures: bool) -> Iterator[Row]:
         part = table.shard(len(names), shard).skip(first)
         for number, row in enumerate(part if pictures else part.select_columns(needed), start=first):
-            texts = {name: words(config, kind, name, row[name]) for name, kind in kinds.items()}
-            if config.caption_column is not None:
-                texts = {config.caption_column: as_text(row[config.caption_column])}
+            said = {name: texts(config, kind, name, row[name]) for name, kind in kinds.items()}
             picture = _stored(row[image_column]) if pictures else None
-            yield Row(f"row {number} of shard {names[shard]}", picture, make_captions(config, texts))
+            yield Row(f"row {number} of shard {names[shard]}", picture, make_captions(config, said))
 
     return Shards(names, rows)
 

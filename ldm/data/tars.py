@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
-from ldm.data.columns import caption_columns, make_captions, words
+from ldm.data.columns import caption_columns, make_captions, texts
 from ldm.data.decode import open_picture
 from ldm.errors import UserError
 
@@ -170,23 +170,23 @@ def members_for(names: Collection[str]) -> set[str]:
     return {*names, *(name.split(".")[0] for name in names if name.split(".")[0] in ("json", "jsn"))}
 
 
-def text_of(sample: TarSample, name: str) -> str:
-    """The text of a column, or of a field of its JSON.
+def texts_of(sample: TarSample, name: str) -> list[str]:
+    """The text of a column, or of a field of its JSON, which may be a list of several.
 
     Raises:
         ValueError: the sample has none, or it is neither text nor JSON.
     """
     if name in sample.read:
-        return sample.read[name].decode().strip()
+        return [sample.read[name].decode().strip()]
     column, *path = name.split(".")
     if column not in sample.read:
         raise ValueError(f"it has no .{column}")
     value: Any = json.loads(sample.read[column])
     for part in path:
         value = value.get(part) if isinstance(value, dict) else None
-    if value is None:
+    if value is None or value == []:
         raise ValueError(f"its .{column} has no {'.'.join(path)}")
-    return str(value)
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
 
 
 def columns_of(shard: str) -> list[str]:
@@ -205,13 +205,15 @@ def columns_of(shard: str) -> list[str]:
 
 
 def _paths(text: bytes) -> Iterator[str]:
-    """Dotted names of the texts and numbers in a JSON object."""
+    """Dotted names of the texts and numbers, and of lists of them, in a JSON object."""
 
     def walk(value: Any, prefix: str) -> Iterator[str]:
         for name, inner in value.items():
             if isinstance(inner, dict):
                 yield from walk(inner, f"{prefix}{name}.")
-            elif isinstance(inner, str | int | float):
+            elif isinstance(inner, str | int | float) or (
+                isinstance(inner, list) and inner and isinstance(inner[0], str)
+            ):
                 yield prefix + name
 
     try:
@@ -279,10 +281,12 @@ def needed_columns(config: DataConfig, shard: str) -> list[str]:
 
 def captions_of(sample: TarSample, config: DataConfig, needed: Collection[str]) -> list[str]:
     """Raises ValueError where the sample lacks what its captions are made of."""
-    texts = {name: text_of(sample, name) for name in needed}
-    if config.label_names and config.caption_column is None:
-        texts = {name: words(config, None, name, int(t) if t.isdigit() else t) for name, t in texts.items()}
-    return make_captions(config, texts)
+    said = {name: texts_of(sample, name) for name in needed}
+    if config.label_names:
+        said = {
+            name: texts(config, None, name, [int(t) if t.isdigit() else t for t in of]) for name, of in said.items()
+        }
+    return make_captions(config, said)
 
 
 def check_ends(shards: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -105,6 +106,18 @@ def test_leaves_out_what_cannot_be_decoded_and_says_so(runs, write, opened, fold
     before = contents(tmp_path / "cache")
     assert "11 images (0 encoded, 11 reused, 0 duplicates), 1 skipped (image 5)" in write(folder).out
     assert contents(tmp_path / "cache") == before
+
+
+def test_rows_may_have_more_captions_than_others(write, opened, tmp_path):
+    folder, texts = draw(tmp_path / "lists", range(3)), [["a", "b", "c"], ["d"], ["e", "f"]]
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    rows = [{"file_name": f"{number:02d}.png", "texts": of_row} for number, of_row in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "6 different captions" in write(folder, "data.caption_column=texts").out
+    data = opened(tmp_path / "cache")
+    first, second, third = data.rows["captions"].tolist()
+    assert len({*first}) == 3 and len({*second}) == 1 and third[0] == third[2] != third[1]
 
 
 def test_too_many_stop_it(runs, arguments_of, run_script, folder, tmp_path, capsys):

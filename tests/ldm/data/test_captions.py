@@ -122,6 +122,28 @@ def test_a_row_without_a_caption_has_the_empty_one(tmp_path):
     assert "1 images have an empty caption, which stands for none" in findings(config.source, "train")
 
 
+def test_a_column_of_lists_holds_several_captions(tmp_path):
+    rows = [["a cat", "one cat"], ["a dog"], [], None]
+    kinds = {"image": datasets.Image(), "texts": datasets.List(datasets.Value("string"))}
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4, "texts": rows},
+                                       features=datasets.Features(kinds))  # fmt: skip
+    table.to_parquet(tmp_path / "rows.parquet")
+    config = DataConfig(source=str(tmp_path / "rows.parquet"), image_size=8, caption_column="texts")
+    data, wanted = open_images(config, seed=0), [["a cat", "one cat"], ["a dog"], [""], [""]]
+    assert [data.captions(index) for index in range(4)] == wanted
+    assert {data.__getitems__([(epoch, 0)])["captions"][0] for epoch in range(20)} == {"a cat", "one cat"}
+    streamed = open_data(dataclasses.replace(config, streaming=True), seed=0)
+    assert [captions for _, _, captions in streamed.in_order(0)] == wanted
+    filled = dataclasses.replace(config, caption_column=None, caption_templates=["{texts}!"])
+    assert open_images(filled, seed=0).captions(0) == ["a cat!"]
+    assert "  caption_column: texts" in findings(config.source, "train")
+
+
+def test_a_column_of_class_labels_is_captions_too(parquet):
+    data = open_images(DataConfig(source=parquet, image_column="picture", caption_column="label"), seed=0)
+    assert data.captions(1) == ["green"]
+
+
 def test_what_a_worker_decoded_is_decoded_for_all(pictures):
     (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "red"}))
     data = open_images(DataConfig(source=str(pictures), image_size=16, caption_column="text"), seed=0)
@@ -154,10 +176,10 @@ def test_articles_agree(template, row, text):
 
 def test_a_template_that_would_repeat_itself_gives_way_to_the_first():
     config = DataConfig(caption_templates=["a {name}", "a {name}, a kind of {concept}", "the {concept}"])
-    assert make_captions(config, {"name": "tabby cat", "concept": "cat"}) == [
+    assert make_captions(config, {"name": ["tabby cat"], "concept": ["cat"]}) == [
         "a tabby cat", "a tabby cat, a kind of cat", "the cat"
     ]  # fmt: skip
-    assert make_captions(config, {"name": "Camel", "concept": "camel"}) == ["a Camel", "a Camel", "the camel"]
+    assert make_captions(config, {"name": ["Camel"], "concept": ["camel"]}) == ["a Camel", "a Camel", "the camel"]
 
 
 def test_what_is_random_depends_on_seed_epoch_and_index_alone(pictures):

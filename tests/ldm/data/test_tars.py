@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.captions import open_images
-from ldm.data.tars import expand_ranges, samples, shards_of
+from ldm.data.tars import columns_of, expand_ranges, samples, shards_of
 from ldm.errors import RunError, UserError
 from pipelines.cli import main as ldm_command
 
@@ -60,6 +60,10 @@ def test_samples_differ_in_what_they_hold(tmp_path, write_tar):
     assert batch["images"][0, 0].min() > 0.9 and batch["images"][1, 1].min() == 1
     batch = all_of(source=source, caption_templates=["{json.caption} by {json.author.name}, {json.width}"])
     assert batch["captions"] == ["first by A, 8", "second by B, eight"]
+    lists = {"1.jpg": RED, "1.json": {"captions": ["one", "two"]}, "2.jpg": RED, "2.json": {"captions": ["three"]}}
+    config = DataConfig(source=str(write_tar(tmp_path / "b.tar", lists)), caption_column="json.captions")
+    assert [open_images(config, 0).captions(index) for index in range(2)] == [["one", "two"], ["three"]]
+    assert "json.captions" in columns_of(config.source)
 
 
 def test_a_column_may_be_named_and_labels_have_names(tmp_path, write_tar):
