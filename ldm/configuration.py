@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,6 +15,8 @@ from ldm.errors import UserError, nearest
 
 Config = TypeVar("Config")
 Built = TypeVar("Built")
+SIZES = ("block", "channels", "dim", "heads", "layers", "size", "sizes", "width")
+"""Last words of keys whose numbers are counts of what there must be one of."""
 
 
 def load(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -65,19 +67,42 @@ def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[An
 
 
 def check_arguments(section: str, arguments: dict[str, Any], build: type) -> None:
-    """Raises UserError where `arguments` names one that `build` (a class or function) does not take."""
+    """Raises UserError where `arguments` names one that `build` (a class or function) does not take, or a size that is
+    none."""
     known = [name for name in inspect.signature(build).parameters if name != "self"]
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in known:
             raise UserError(f"unknown key '{section}.{name}'{nearest(name, known)}")
+        sizes = value if isinstance(value, list) else [value]
+        if name.rpartition("_")[2] in SIZES and any(isinstance(size, int) and size < 1 for size in sizes):
+            raise UserError(f"{section}.{name} must be at least 1, got {value}")
 
 
-def built(section: str, kind: Callable[..., Built], arguments: dict[str, Any]) -> Built:
-    """`kind(**arguments)`. Raises UserError where it refuses the values of that section."""
+def built(
+    section: str,
+    kind: Callable[..., Built],
+    arguments: Mapping[str, Any],
+    follows: Mapping[str, Any] | None = None,
+) -> Built:
+    """`kind(**arguments, **follows)`; `follows` is what the data and the other stages leave no choice of.
+
+    Raises:
+        UserError: it refuses the values of that section, or one is another than what follows.
+    """
+    follows = follows or {}
+    for name, value in follows.items():
+        if arguments.get(name, value) != value:
+            raise UserError(
+                f"{section}.{name} {arguments[name]}: it follows from the data and the other stages, and is {value}; "
+                "leave it out"
+            )
     try:
-        return kind(**arguments)
-    except ValueError as error:
-        raise UserError(f"{section}: {str(error).splitlines()[0]}") from None
+        return kind(**{**arguments, **follows})
+    except UserError:
+        raise
+    except Exception as error:  # stock classes have many ways to fail at values that they do not check
+        kind_of = "" if isinstance(error, ValueError) else f" cannot be built so: {type(error).__name__}"
+        raise UserError(f"{section}{kind_of}: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:

@@ -58,12 +58,12 @@ def main() -> None:
     torch.manual_seed(config.seed)
     if config.init == "scratch":
         tokenizer = make_tokenizer(config, data)
-        clip = build(
-            **config.model,
-            image_size=config.data.image_size,
-            vocabulary_size=len(tokenizer),
-            context_length=config.context_length,
-        )
+        sizes = {
+            "image_size": config.data.image_size,
+            "vocabulary_size": len(tokenizer),
+            "context_length": config.context_length,
+        }
+        clip = configuration.built("model", build, config.model, sizes)
     else:
         sizes = export.arguments_of(
             CLIPTextConfig.from_pretrained(run.component_folder(config.init, "init", "text_encoder")),

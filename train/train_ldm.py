@@ -355,10 +355,10 @@ def build_unet(
         "in_channels": latent_shape[0],
         "out_channels": latent_shape[0],
         "cross_attention_dim": text_width,
+        "class_embed_type": "projection",
         "projection_class_embeddings_input_dim": 2 * embedding_dim,
     }
-    arguments = {**model_arguments(config, embedding_dim), **sizes, "class_embed_type": "projection"}
-    return configuration.built("model", UNet2DConditionModel, arguments)
+    return configuration.built("model", UNet2DConditionModel, model_arguments(config, embedding_dim), sizes)
 
 
 def model_arguments(config: LdmConfig, embedding_dim: int) -> dict[str, Any]:

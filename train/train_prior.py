@@ -57,7 +57,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     shape = {"embedding_dim": embedding_dim, "num_embeddings": text_config.max_position_embeddings}
     if config.init == "scratch":
-        prior = PriorTransformer(**config.model, **shape)
+        prior = configuration.built("model", PriorTransformer, config.model, shape)
     else:
         prior = PriorTransformer.from_pretrained(run.component_folder(config.init, "init", "prior"))
         run.check_agrees(config.init, "prior", prior.config, config.model)

@@ -2,6 +2,7 @@
 second."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, prod
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm import configuration
 from ldm.config import LdmConfig
@@ -32,6 +34,9 @@ from ldm.training.randomness import generator
 GRID_IMAGES = 64
 VALIDATION_IMAGES = 256
 VALIDATION_TIMESTEPS = 10
+MOST_LEFT = 0.2
+"""√ᾱ of the last timestep from which drawing, which begins with noise alone, is told to go wrong. Stable Diffusion's is
+0.07."""
 FIRST_LAMBDA = -2.0
 """λ = log(√ᾱ / √(1 - ᾱ)) with which drawing begins where ε is predicted under the cosine schedule, of which the last
 timestep has -9.9: x̂₀ = (x_t - √(1 - ᾱ) ε̂) / √ᾱ magnifies the errors of ε̂ by e^-λ, there 20,000 times. The ablations' ε
@@ -103,9 +108,17 @@ def try_step(accelerator: Accelerator, task: Task, micro_batch_size: int) -> Non
 
 
 def configured_alpha_bar(config: LdmConfig) -> Tensor:
-    """ᾱ (T,) in float64 of the process that the configuration names."""
+    """ᾱ (T,) in float64 of the process that the configuration names; warns where it does not end in noise."""
     alpha_bar = alphas_bar(config.beta_schedule, config.num_train_timesteps)
-    return zero_terminal_snr(alpha_bar) if config.zero_terminal_snr else alpha_bar
+    if config.zero_terminal_snr:
+        return zero_terminal_snr(alpha_bar)
+    if (left := alpha_bar[-1].sqrt().item()) > MOST_LEFT:
+        tqdm.write(
+            f"warning: {config.beta_schedule} over num_train_timesteps {len(alpha_bar)} ends with {left:.2f} of the "
+            "picture, but drawing begins with noise alone; take beta_schedule squaredcos_cap_v2, or more timesteps",
+            file=sys.stderr,
+        )
+    return alpha_bar
 
 
 def schedule_settings(config: LdmConfig) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def in_pixel_space(config: LdmConfig, share: Share) -> Task:
         "num_class_embeds": len(data.classes) or None,
     }
     if config.init == "scratch":
-        unet = configuration.built("model", UNet2DModel, {**config.model, **sizes})
+        unet = configuration.built("model", UNet2DModel, config.model, sizes)
     else:
         unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet", ("UNet2DModel",)))
         run.check_agrees(config.init, "U-Net", unet.config, config.model)

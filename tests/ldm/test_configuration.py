@@ -108,6 +108,28 @@ def test_unknown_model_arguments_name_the_nearest():
         configuration.check_arguments("model", {"layer_per_block": 1}, UNet2DConditionModel)
 
 
+@pytest.mark.parametrize("arguments", [{"num_layers": -1}, {"hidden_sizes": [8, 0]}, {"latent_channels": 0}])
+def test_sizes_that_are_none_are_refused(arguments):
+    """A network of -1 layers can be built, and trained."""
+    with pytest.raises(UserError, match=rf"model\.{next(iter(arguments))} must be at least 1, got "):
+        configuration.check_arguments("model", arguments, lambda num_layers, hidden_sizes, latent_channels: None)
+
+
+def test_what_a_class_cannot_be_built_of_is_told_in_a_line():
+    from diffusers import PriorTransformer, UNet2DModel
+
+    def refused(kind, **arguments):
+        with pytest.raises(UserError) as error:
+            configuration.built("model", kind, arguments, {"in_channels": 3} if kind is UNet2DModel else {})
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert refused(UNet2DModel, block_out_channels=64).startswith("model cannot be built so: TypeError: ")
+    assert "ZeroDivisionError" in refused(PriorTransformer, attention_head_dim=0)
+    assert refused(UNet2DModel, down_block_types=["Foo"]).startswith("model: Must provide the same number")
+    assert refused(UNet2DModel, in_channels=4).startswith("model.in_channels 4: it follows from the data")
+
+
 def test_exit_codes(capsys):
     def fails(error):
         raise error

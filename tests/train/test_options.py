@@ -193,3 +193,12 @@ def test_a_tracker_that_is_not_installed(runs, arguments_of, fails, tmp_path, mo
     line = fails("prior", arguments_of("prior", runs, tmp_path / "run", "training.wandb_project=shapes"))
     assert 'pip install "ldm[wandb]"' in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_end_in_noise_is_told_of(capsys):
+    """The endpoints of linear schedules are those of 1,000 steps, however many there are."""
+    for schedule, steps, left in (("linear", 100, "0.60"), ("linear", 1000, None), ("squaredcos_cap_v2", 100, None)):
+        config = LdmConfig(output_dir="run", autoencoder="none", beta_schedule=schedule, num_train_timesteps=steps)
+        task.configured_alpha_bar(config)
+        said = capsys.readouterr().err
+        assert (f"ends with {left} of the picture" in said) if left else not said
