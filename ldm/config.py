@@ -164,6 +164,8 @@ class AutoencoderConfig(RunConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers' AutoencoderKL, or of the class of `kind` in `ldm.autoencoders`."""
     kl_weight: float = 1e-6
+    """Of the mean KL of a latent's elements, beside the mean L1 of an image's. Rombach et al. weigh sums: their 1e-6 is
+    here that times latent elements over image elements, 2e-8 at 3×256×256 to 4×32×32."""
     perceptual_weight: float = 0.0
     perceptual_clip: str | None = None
     """Run of train_clip.py whose image tower measures the perceptual distance."""
@@ -211,6 +213,9 @@ class ClipConfig(RunConfig):
         require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "in (0, 1]")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "in [0, 1)")
         require(self.image_image_weight >= 0, "image_image_weight", self.image_image_weight, ">= 0")
+        views_differ = self.random_crop < 1 or self.colour_jitter > 0
+        require(self.image_image_weight == 0 or views_differ, "image_image_weight", self.image_image_weight,
+                 "0 unless random_crop < 1 or colour_jitter > 0: two views must differ")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

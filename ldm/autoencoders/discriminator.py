@@ -1,5 +1,7 @@
 """PatchGAN: a discriminator that judges overlapping patches (Isola et al. 2017), with the weighting of VQGAN."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ class PatchDiscriminator(nn.Module):
             narrow = channels * min(2 ** (number - 1), 8)
             layers += [
                 nn.Conv2d(narrow, wide, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, wide // 4), wide),
+                nn.GroupNorm(math.gcd(min(32, wide // 4), wide), wide),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(wide, 1, 4, padding=1))

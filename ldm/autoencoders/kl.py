@@ -31,7 +31,7 @@ def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) ‖ N(0, 1)), the mean over all elements in nats (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return 0.5 * (mean**2 + logvar.expm1() - logvar).mean()
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def reparameterise(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(μ, σ²) ‖ N(0, I)) (B,) (Kingma & Welling 2014, appendix B). mean, logvar (B, …)."""
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)
+    return 0.5 * (mean**2 + logvar.expm1() - logvar).flatten(1).sum(dim=1)
 
 
 def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:

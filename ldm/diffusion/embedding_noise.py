@@ -1,5 +1,5 @@
 """Noise on CLIP image embeddings, and what the U-Net is told of its level: Stable unCLIP's, an augmentation of the
-condition as in cascades (Ho et al. 2021, arXiv:2106.15282, §4). DALL·E 2 gives its decoder the embeddings as they are.
+condition as in cascades (Ho et al. 2021, arXiv:2106.15282). DALL·E 2 gives its decoder the embeddings as they are.
 
 Stock StableUnCLIPPipeline does the same in sampling (`noise_image_embeddings`): training and sampling must agree.
 """

@@ -89,6 +89,13 @@ def test_options_of_autoencoders_that_would_do_nothing_or_harm(name, override, a
         configuration.load(AutoencoderConfig, ROOT / f"configs/{name}.yaml", [override])
 
 
+def test_views_that_are_told_apart_must_differ():
+    clip, same = ROOT / "configs/shapes/clip.yaml", ["image_image_weight=0.5"]
+    with pytest.raises(UserError, match="image_image_weight must be 0 unless random_crop < 1 or colour_jitter > 0"):
+        configuration.load(ClipConfig, clip, same)
+    assert configuration.load(ClipConfig, clip, [*same, "random_crop=0.5"]).image_image_weight == 0.5
+
+
 def test_a_missing_file_and_a_missing_key(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         configuration.load(LdmConfig, tmp_path / "none.yaml")

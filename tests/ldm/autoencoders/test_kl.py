@@ -102,3 +102,8 @@ def test_the_discriminator_judges_patches():
     images[:, :, :4, :4] += 1
     difference = (discriminator(images) - logits).abs()
     assert difference[..., 0, 0].min() > 0 and difference[..., -1, -1].max() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 6, 33])
+def test_any_number_of_channels_makes_a_discriminator(channels):
+    assert PatchDiscriminator(channels)(torch.randn(1, 3, 16, 16)).isfinite().all()
