@@ -81,6 +81,7 @@ class TrainingConfig:
     max_steps: int = 1000
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
+    """Parts of a process's batch computed one after another, so that the activations of one alone take memory."""
     learning_rate: float = 1e-3
     learning_rate_schedule: str = "cosine"
     """`cosine` to 0 at max_steps, or `constant`; both after a linear warm-up."""
