@@ -8,7 +8,6 @@ import contextlib
 import gc
 import io
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -30,11 +29,10 @@ from pipelines.assemble import (
     written_whole,
 )
 from pipelines.checks import MOST_IMAGES, check_count, check_number, check_prompt, check_scale, check_share
+from pipelines.knows import note_on
 from pipelines.settings import SETTINGS, check_settings, telling_of
 
 BUNDLED_MODEL = Path(__file__).parent / "default"
-KNOWS = "knows.json"
-"""In a model's folder: {"words": [...], "says": "..."}, said when a prompt has none of the words."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_SEED = 2**63 - 1
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 16, 2**20
@@ -163,7 +161,8 @@ def generate(arguments: argparse.Namespace) -> None:
         check_settings(hub.read_json(folder / hub.INDEX).get(SETTINGS, {}))
     for component in components.values():
         hub.check_finite(component)
-    _say_what_it_knows(folder, arguments.prompt)
+    if said := note_on(folder, arguments.prompt):
+        print(f"note: {said}", file=sys.stderr)
 
     # Thousands of modules are imported now: looking for garbage among them again and again would take a second, and
     # when the process ends another.
@@ -319,17 +318,6 @@ def _pictures_to_start_from(arguments: argparse.Namespace) -> dict:
                 )
             )
     return pictures
-
-
-def _say_what_it_knows(folder: Path, prompt: str) -> None:
-    if (folder / KNOWS).is_file():
-        knows = hub.read_json(folder / KNOWS)
-        words, says = knows.get("words", []), knows.get("says", "")
-        if not isinstance(says, str) or not isinstance(words, list):
-            raise UserError(f"'{folder / KNOWS}': words must be a list, and says a text; mend it there, or remove it")
-        said = set(re.findall(r"\w+", prompt.lower()))
-        if says and not any(word in said or f"{word}s" in said for word in words):
-            print(f"note: {says}", file=sys.stderr)
 
 
 def be_quiet() -> None:

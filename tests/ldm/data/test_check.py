@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from ldm.data.check import findings
-from ldm.errors import UserError
 from pipelines.cli import main as ldm_command
 
 
