@@ -92,7 +92,7 @@ def main() -> None:
         before = None if "training.find_micro_batch" in config.resume.allow else resumed
         share = memory.fitting_share(accelerator, share, unet, partial(try_step, accelerator, task), before)
     optimizer = optim.build(unet, training)
-    alpha_bar = task.alpha_bar.to(accelerator.device)
+    alpha_bar = task.alpha_bar.to(accelerator.device, precision.finest(accelerator.device))
     history = importance.empty_history(config.num_train_timesteps)
 
     model, optimizer = sharded.prepare(
@@ -142,7 +142,7 @@ def main() -> None:
         conditions = task.conditions(batch, draw, share, part)
         conditions = precision.with_tokens_cast(conditions, accelerator.mixed_precision)
         posterior_noise, noise, t, weight = (
-            values[part].to(accelerator.device) for values in (*noises, times, weights)
+            values[part].to(accelerator.device) for values in (*noises, times, weights.float())
         )
         mean, std = batch["latent_mean"].to(accelerator.device), batch["latent_std"].to(accelerator.device)
 
@@ -272,7 +272,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
 
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net
     mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
-    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device)
+    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device, precision.finest(device))
     no_caption_states = data.no_text()["hidden_states"].to(device)
     parts = {
         "scheduler": solver(config),

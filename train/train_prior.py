@@ -22,7 +22,7 @@ from ldm.diffusion.objective import dropped, squared_error, timesteps
 from ldm.diffusion.process import q_sample
 from ldm.diffusion.schedule import alphas_bar
 from ldm.errors import UserError, exit_code_of
-from ldm.training import checkpoint, failure, memory, optim, run
+from ldm.training import checkpoint, failure, memory, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.interruption import Interruption
 from ldm.training.randomness import generator, seed_dropout
@@ -75,7 +75,9 @@ def main() -> None:
         clip_sample_range=5.0,
         timestep_spacing="trailing",
     )
-    alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(accelerator.device)
+    alpha_bar = alphas_bar("squaredcos_cap_v2", NUM_TIMESTEPS).to(
+        accelerator.device, precision.finest(accelerator.device)
+    )
     run.ready(prior, training, accelerator)
     optimizer = optim.build(prior, training)
 

@@ -17,8 +17,9 @@ def slerp(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
     """
     if start.shape != end.shape:
         raise ValueError(f"slerp needs vectors of one shape, got {tuple(start.shape)} and {tuple(end.shape)}")
-    shares = shares.to(start.device, torch.float64)[:, None]  # (n, 1)
-    a, b = start.double().flatten(), end.double().flatten()
+    # On the CPU, since not every device has float64
+    shares = shares.cpu().double()[:, None]  # (n, 1)
+    a, b = start.cpu().double().flatten(), end.cpu().double().flatten()
     norms = (1 - shares) * a.norm() + shares * b.norm()
     u, v = (_direction(x, other) for x, other in ((a, b), (b, a)))
     # atan2 is exact near 0 and π, where the arc cosine is not
@@ -30,7 +31,7 @@ def slerp(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
         side = axis - (u @ axis) * u
     side = _direction(side, side)
     arc = torch.cos(shares * angle) * u + torch.sin(shares * angle) * side
-    return (norms * arc).unflatten(1, start.shape).to(start.dtype)
+    return (norms * arc).unflatten(1, start.shape).to(start)
 
 
 def text_diff_direction(text_embeds: Tensor, base_text_embeds: Tensor) -> Tensor:

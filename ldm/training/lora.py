@@ -24,7 +24,7 @@ from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, timesteps
 from ldm.errors import UserError, nearest
 from ldm.lora_config import LoraConfig
-from ldm.training import randomness
+from ldm.training import precision, randomness
 from ldm.training.checkpoint import Saved
 from ldm.training.task import Task
 
@@ -167,7 +167,7 @@ def on_pipeline(
     if is_guided:
         normalizer = pipe.image_normalizer
         embedding_dim = normalizer.config.embedding_dim
-        embedding_alpha_bar = pipe.image_noising_scheduler.alphas_cumprod.double().to(pipe.device)
+        embedding_alpha_bar = pipe.image_noising_scheduler.alphas_cumprod.to(pipe.device, precision.finest(pipe.device))
 
     @torch.no_grad()
     def encoded(batch: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def prepare(model: nn.Module, mixed_precision: str, device: torch.device) -> Non
             torch.backends.cuda.enable_flash_sdp(False)  # for the whole process; the switch for CPUs, too
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """Of a noise schedule, where a network is trained: float64, which Apple's GPUs alone do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def with_tokens_cast(conditions: dict[str, Any], mixed_precision: str) -> dict[str, Any]:
     """Arguments of a U-Net whose caption tokens have the type that autocast gives them: cast, and kept for the backward
     pass, once rather than in every layer of attention."""

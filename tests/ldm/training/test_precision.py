@@ -48,3 +48,8 @@ def test_fp32_is_left_alone():
     precision.prepare(model, "no", torch.device("cpu"))
     assert [type(module) for module in model] == [type(module) for module in network()]
     assert torch.backends.cuda.flash_sdp_enabled() == before
+
+
+def test_a_schedule_is_as_fine_as_a_device_has_it():
+    assert precision.finest(torch.device("mps")) is torch.float32  # which refuses float64
+    assert precision.finest(torch.device("cpu")) is precision.finest(torch.device("cuda")) is torch.float64
