@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,8 +106,9 @@ class Side:
         return sum(int(peak.split("VmHWM:")[1].split()[0]) for peak in peaks if "VmHWM:" in peak) / 1024
 
     def end(self) -> None:
-        for process in self._processes():  # torchrun's are sessions of their own, which no signal to a group reaches
-            process.kill()
+        with suppress(psutil.NoSuchProcess):  # one that died by itself, which is told elsewhere
+            for process in self._processes():  # of torchrun too, which no signal to a group reaches
+                process.kill()
         self.process.wait()
 
 
