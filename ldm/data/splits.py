@@ -12,12 +12,10 @@ from ldm.data import tars
 from ldm.data.captions import load_table
 from ldm.data.check import proposed, proposed_of_tars
 from ldm.data.columns import caption_columns, is_bare_number
-from ldm.data.text_files import IMAGE_SUFFIXES, is_folder_of_text_files, split_folders
+from ldm.data.text_files import IMAGE_SUFFIXES, NOT_TRAINED_ON, is_folder_of_text_files, split_folders
 from ldm.errors import UserError
 from ldm.files import expanded
 
-NOT_TRAINED_ON = ("test", "validation", "valid", "val", "dev")
-"""Names of splits, the one that is preferred first."""
 WHOLE = "all"
 """Stands for the split of a source that has one, without a name."""
 

@@ -1,12 +1,12 @@
 """Folders with the caption of `name.png` in `name.txt` beside it, in sub-folders or not."""
 
-import re
 from pathlib import Path
 
 from ldm.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-SPLIT = re.compile("train|test|validation|valid|val|dev")
+NOT_TRAINED_ON = ("test", "validation", "valid", "val", "dev")
+"""Names of splits, the one that is preferred first."""
 COLUMNS = ("image", "text")
 """What such a folder holds, as tables name it."""
 
@@ -26,7 +26,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     there = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     parts = {path.name: path for path in there if path.is_dir()}
     loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in there)
-    return {} if loose or not all(SPLIT.fullmatch(name) for name in parts) else parts
+    return {} if loose or not {"train", *NOT_TRAINED_ON}.issuperset(parts) else parts
 
 
 def images_in(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
