@@ -14,8 +14,8 @@ from ldm.diffusion.guidance import classifier_free_guidance, rescale_guidance, s
 from ldm.diffusion.size_condition import size_condition
 from ldm.errors import RunError, UserError
 from pipelines.adapters import TakesAdapters
-from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_generator, check_steps, given_or
-from pipelines.checks import check_interval, check_pair, check_scale, check_shape, check_share
+from pipelines.base import Generators, LatentDiffusionBase, PriorPrompt, check_generator, given_or
+from pipelines.checks import check_pair, check_shape, check_share
 from pipelines.settings import DEFAULT_SETTINGS, check_settings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -106,9 +106,9 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
             if name == "noise_level" and self.image_noising_scheduler is None:
                 raise UserError(f"{name}: this model's U-Net reads no image embedding; leave it out")
         values = self.default_settings | given
-        check_settings(given, self._closer_checks())
-        check_steps("num_inference_steps", values["num_inference_steps"], self.scheduler)
-        self._guidance_scale = check_scale("guidance_scale", values["guidance_scale"])
+        # The model's own were checked when it took them, but it may have another scheduler since
+        check_settings({"num_inference_steps": values["num_inference_steps"], **given}, self._closer_checks())
+        self._guidance_scale = float(values["guidance_scale"])
         settings = Settings(
             num_inference_steps=values["num_inference_steps"],
             noise_level=values["noise_level"],
@@ -120,8 +120,8 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
                 "latents": prior_latents,
                 "eta": eta,
             },
-            guidance_rescale=check_share("guidance_rescale", values["guidance_rescale"]),
-            guidance_interval=check_interval("guidance_interval", values["guidance_interval"]),
+            guidance_rescale=float(values["guidance_rescale"]),
+            guidance_interval=tuple(map(float, values["guidance_interval"])),
             clip_skip=clip_skip,
         )
         check_share("eta", eta)
