@@ -149,7 +149,8 @@ class RunConfig:
     output_dir: str
     seed: int = 0
     init: str = "scratch"
-    """`scratch`, or the run folder, component folder or Hub repository whose weights training starts from."""
+    """`scratch`, or what has the weights that training starts from: a run of the stage, or a pipeline's folder or Hub
+    repository. These stand for a run wherever one is named."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)

@@ -59,7 +59,7 @@ def resolve(name: str | Path, revision: str | None = None, variant: str | None =
         return folder
     if folder.exists():
         raise UserError(f"model '{name}' is a file; give the folder that holds {INDEX}")
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
+    if not is_repository_name(name):
         raise UserError(f"model folder '{name}' does not exist; give a folder that holds {INDEX}, or owner/repository")
     return _download("model", str(name), revision, _patterns(variant), options)
 
@@ -71,7 +71,7 @@ def resolve_adapters(
     the one called `weight_name`, ADAPTERS or else the only one. Raises as `resolve` does, and for pickles."""
     path = expanded(name)
     if not path.exists():
-        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or str(name).endswith("/"):
+        if not is_repository_name(name):
             raise UserError(f"adapters '{name}' do not exist; give a file, a folder that holds {ADAPTERS}, or "
                             "owner/repository")  # fmt: skip
         patterns = ([weight_name or "*.safetensors"], [] if weight_name else ["*/*"])
@@ -99,6 +99,11 @@ def _file_of_adapters(folder: Path, weight_name: str | None) -> Path:
             raise UserError(f"adapters '{folder}': only a pickle ({pickles[0]}) is there; convert it to safetensors")
         raise UserError(f"adapters missing: expected {path}")
     return path
+
+
+def is_repository_name(name: str | Path) -> bool:
+    """Whether what is no folder here may be a repository, owner/name."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")) and not str(name).endswith("/")
 
 
 def commit_of(folder: Path) -> str | None:

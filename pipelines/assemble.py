@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS, parts_of
 from ldm.components.configs import SCHEDULERS, read_json
 from ldm.errors import RunError, UserError
 from ldm.files import expanded, make_readable
-from ldm.hub import check_component, check_shapes
+from ldm.hub import INDEX, check_component, check_shapes, is_repository_name, resolve
 from pipelines.card import TRAINING
+from pipelines.settings import SETTINGS
 
 COMPONENTS = {
     "autoencoder": {"vae": "AutoencoderKL"},
@@ -26,10 +28,6 @@ COMPONENTS = {
 }
 """What each stage gives, with the class of it; of schedulers any that fits."""
 
-IMAGE_TOWER = ("image_encoder", "image_processor")
-"""CLIP's other half, copied beside the pipeline where the run has it: what reads images, and what a cache of further
-training is made with. Stock pipelines pass over the folders."""
-
 FLOAT_DTYPES = ("float16", "float32")
 
 
@@ -43,21 +41,24 @@ def assemble(
 ) -> Path:
     """Puts the stages' components together in `output`, weights in `dtype` (float16 or float32). Returns the folder.
 
-    Each stage is a run folder or its `model/` folder. The pipeline draws with the guidance of the U-Net run's sample
-    grids, and computes in float32, whatever the weights are stored in, unless it is opened otherwise. Raises
-    `UserError` where a stage is incomplete or does not fit the others, or `output` is in use; nothing is left behind
-    then.
+    Each stage is a run folder, its `model/` folder, or a pipeline's folder or repository, of which that stage is taken.
+    The pipeline draws with the guidance of the U-Net run's sample grids, or with the settings of the U-Net's pipeline,
+    and computes in float32, whatever the weights are stored in, unless it is opened otherwise. CLIP's image tower is
+    copied beside the components: what reads images, and what a cache of further training is made with; stock pipelines
+    pass over it. Raises `UserError` where a stage is incomplete or does not fit the others, or `output` is in use;
+    nothing is left behind then.
     """
     if dtype not in FLOAT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")
-    folders = find_components({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet})
+    stages = run_folders({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet})
+    folders = find_components(stages)
     check_fit(folders)
     output = check_output_folder(output)
 
     with written_whole(output) as partial:
         partial.mkdir(parents=True)
-        _save_pipeline(folders, partial, dtype, _settings(expanded(unet)))
-        _keep_training({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}, partial)
+        _save_pipeline(folders, partial, dtype, _settings(stages["unet"]))
+        _keep_training(stages, partial)
         for file in partial.rglob("*.safetensors"):
             make_readable(file)
     return output
@@ -98,16 +99,30 @@ def check_can_be_made(output: Path) -> Path:
     return output
 
 
-def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
-    """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise."""
+def run_folders(stages: dict[str, str | Path]) -> dict[str, Path]:
+    """Stage to run -> stage to folder on this machine. Raises `UserError` where there is none."""
     folders = {}
     for stage, name in stages.items():
-        run = expanded(name)
-        if not run.is_dir():
-            raise UserError(f"{stage} '{run}' is not a folder; give the output_dir of a finished {stage} run")
+        folders[stage] = expanded(name)
+        if not folders[stage].exists() and is_repository_name(name):
+            try:
+                folders[stage] = resolve(name)
+            except UserError as error:
+                raise UserError(f"{stage}: {error}") from None
+        if not folders[stage].is_dir():
+            raise UserError(f"{stage} '{name}' is not a folder; give the output_dir of a finished {stage} run")
+    return folders
+
+
+def find_components(stages: dict[str, Path]) -> dict[str, Path]:
+    """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise."""
+    folders = {}
+    for stage, run in stages.items():
         model = run / "model" if (run / "model").is_dir() else run
+        parts = parts_of(model) if stage == "clip" else None  # in a pipeline's folder they have other names
         for component, class_name in COMPONENTS[stage].items():
-            if not (model / component).is_dir():
+            folder = model / component if parts is None else getattr(parts, component)
+            if not folder.is_dir():
                 if component == "vae" and (model / "autoencoder" / "config.json").is_file():
                     kind = read_json(model / "autoencoder" / "config.json").get("_class_name")
                     raise UserError(
@@ -119,10 +134,10 @@ def find_components(stages: dict[str, str | Path]) -> dict[str, Path]:
                     f"(its model folder holds {', '.join(COMPONENTS[stage])})"
                 )
             try:
-                check_component(model / component, SCHEDULERS if class_name in SCHEDULERS else (class_name,))
+                check_component(folder, SCHEDULERS if class_name in SCHEDULERS else (class_name,))
             except UserError as error:
                 raise UserError(f"{stage} '{run}': {error}") from None
-            folders[component] = model / component
+            folders[component] = folder
     return folders
 
 
@@ -164,9 +179,12 @@ def check_fit(folders: dict[str, Path]) -> None:
 
 
 def _settings(run: Path) -> dict[str, float]:
-    """With what the U-Net's run drew its sample grids: what its pictures were judged by while it trained."""
+    """With what the U-Net's run drew its sample grids: what its pictures were judged by while it trained; or the
+    settings of its pipeline."""
     import yaml
 
+    if (run / INDEX).is_file():
+        return read_json(run / INDEX).get(SETTINGS, {})
     if not (run / "config.yaml").is_file():
         return {}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -208,8 +226,9 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings:
     )
     pipeline.default_settings = settings
     pipeline.save_pretrained(output)
-    for name in IMAGE_TOWER:
-        if (source := folders["text_encoder"].parent / name).is_dir():
+    parts = parts_of(folders["text_encoder"].parent)
+    for name, source in ((IMAGE_ENCODER, parts.image_encoder), (PROCESSORS[0], parts.image_processor)):
+        if source is not None:
             shutil.copytree(source, output / name)
     _forget_paths(output)
     # Only the files are converted. The text towers' configs keep saying float32, since Transformers computes in what
@@ -218,12 +237,14 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings:
         _convert(file, getattr(torch, dtype))
 
 
-def _keep_training(stages: dict[str, str | Path], output: Path) -> None:
+def _keep_training(stages: dict[str, Path], output: Path) -> None:
     """Each stage's configuration, without the paths of this machine, and its last metrics: for the card."""
     import yaml
 
-    for stage, name in stages.items():
-        run = expanded(name)
+    for stage, run in stages.items():
+        for file in (run / TRAINING).glob(f"{stage}.*"):  # kept by the pipeline that it is of
+            (output / TRAINING).mkdir(exist_ok=True)
+            shutil.copyfile(file, output / TRAINING / file.name)
         if (run / "config.yaml").is_file():
             (output / TRAINING).mkdir(exist_ok=True)
             config = _without_folders(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))

@@ -26,6 +26,7 @@ from pipelines.assemble import (
     check_fit,
     check_output_folder,
     find_components,
+    run_folders,
     written_whole,
 )
 from pipelines.checks import MOST_IMAGES, check_count, check_number, check_prompt, check_scale, check_share
@@ -203,7 +204,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, outputs: list[Path], pict
 
 def join(arguments: argparse.Namespace) -> None:
     """`ldm assemble`: writes the folder and prints its path."""
-    stages = {stage: getattr(arguments, stage) for stage in COMPONENTS}
+    stages = run_folders({stage: getattr(arguments, stage) for stage in COMPONENTS})
     check_fit(find_components(stages))  # as assemble does: before the libraries that be_quiet imports
     check_output_folder(arguments.output)
     be_quiet()

@@ -22,15 +22,11 @@ from transformers.models.clip.modeling_clip import (
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from ldm import hub
+from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS
 from ldm.errors import UserError
 from pipelines.base import Generators
 from pipelines.drawing import LatentDiffusionDrawing
 from pipelines.pictures import Pictures, as_images, read_pictures
-
-ENCODER = "image_encoder"
-PROCESSORS = ("image_processor", "feature_extractor")
-"""The processor's folder, in our folders and in stock ones. `image_processor` is another thing on a pipeline, so that
-the component is `feature_extractor`, as in stock."""
 
 
 class LatentDiffusionFromImages(LatentDiffusionDrawing):
@@ -39,7 +35,7 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
     not name it: stock pipelines pass over its folders."""
 
     model_cpu_offload_seq = "image_encoder->text_encoder->prior_text_encoder->unet->vae"
-    _optional_components = [*LatentDiffusionDrawing._optional_components, ENCODER, "feature_extractor"]  # noqa: RUF012
+    _optional_components = [*LatentDiffusionDrawing._optional_components, IMAGE_ENCODER, "feature_extractor"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -71,19 +67,19 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
         folder = hub.resolve(name, revision, variant, **options)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32))
         if isinstance(dtype, dict):
-            dtype = dtype.get(ENCODER, dtype.get("default", torch.float32))
+            dtype = dtype.get(IMAGE_ENCODER, dtype.get("default", torch.float32))
         return super().from_pretrained(folder, **_image_tower(folder, dtype, variant) | kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
         """As `LatentDiffusionBase.from_pipe`, with the image tower of the folder that the pipeline was opened from, on
         the device that it computes on."""
-        if getattr(pipeline, ENCODER, None) is None:
+        if getattr(pipeline, IMAGE_ENCODER, None) is None:
             folder = getattr(pipeline, "folder", None) or pipeline.config.get("_name_or_path")
             if folder is not None:
                 tower = _image_tower(Path(folder), pipeline.unet.dtype, getattr(pipeline, "variant", None))
                 if tower:
-                    tower[ENCODER].to(pipeline._execution_device)
+                    tower[IMAGE_ENCODER].to(pipeline._execution_device)
                 kwargs = tower | kwargs
         return super().from_pipe(pipeline, **kwargs)
 
@@ -92,7 +88,7 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
         path = Path(save_directory) / self.config_name
         index = hub.read_json(path)
         if self.prior is not None:
-            index = {key: value for key, value in index.items() if key not in (ENCODER, PROCESSORS[1])}
+            index = {key: value for key, value in index.items() if key not in (IMAGE_ENCODER, PROCESSORS[1])}
         elif self.image_normalizer is not None:  # the layout of StableUnCLIPImg2ImgPipeline, which has these
             own = json.loads(self.to_json_string()) | {"_class_name": "StableUnCLIPImg2ImgPipeline"}
             index = {key: value for key, value in own.items() if value != [None, None] and key != "_name_or_path"}
@@ -107,7 +103,7 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
         if self.image_encoder is None or self.feature_extractor is None:
             raise UserError(
                 f"{name} is read by CLIP's image tower, which this model lacks: open a folder that holds "
-                f"{ENCODER}/ and {PROCESSORS[0]}/, or give image_encoder= and feature_extractor="
+                f"{IMAGE_ENCODER}/ and {PROCESSORS[0]}/, or give image_encoder= and feature_extractor="
             )
         images = as_images(read_pictures(name, image))
         pixels = self.feature_extractor(images=images, return_tensors="pt").pixel_values
@@ -137,17 +133,17 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
 def _image_tower(folder: Path, dtype: torch.dtype, variant: str | None = None) -> dict:
     """The image tower of a folder, as components; {} where it has none."""
     processor = next((folder / name for name in PROCESSORS if (folder / name).is_dir()), None)
-    if processor is None or not (folder / ENCODER).is_dir():
+    if processor is None or not (folder / IMAGE_ENCODER).is_dir():
         return {}
-    encoder = hub.check_component(folder / ENCODER, (CLIPVisionModelWithProjection.__name__,), variant)
+    encoder = hub.check_component(folder / IMAGE_ENCODER, (CLIPVisionModelWithProjection.__name__,), variant)
     hub.check_finite(encoder)
     hub.check_shapes(encoder)
     hub.check_component(processor, (CLIPImageProcessor.__name__,))
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
     variant = variant if variant and encoder.is_of(variant) else None
     return {
-        ENCODER: CLIPVisionModelWithProjection.from_pretrained(
-            folder / ENCODER, dtype=dtype, use_safetensors=True, variant=variant
+        IMAGE_ENCODER: CLIPVisionModelWithProjection.from_pretrained(
+            folder / IMAGE_ENCODER, dtype=dtype, use_safetensors=True, variant=variant
         ),
         "feature_extractor": CLIPImageProcessor.from_pretrained(processor),
     }

@@ -55,19 +55,19 @@ def main() -> None:
     folder = Path(config.output_dir)
     check_folder(folder, {})
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
-    clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
+    clip_parts = run.clip_parts(config.clip, "clip", images=True)
     accelerator = run.join_processes(TrainingConfig(precision=config.precision, timeout_seconds=WAIT), can_shard=False)
     image_settings = ImageSettings(
         autoencoder=latents.autoencoder_digest(vae_folder),
-        image_encoder=latents.weights_digest(clip_folder / "image_encoder"),
+        image_encoder=latents.weights_digest(clip_parts.image_encoder),
         image_size=config.data.image_size,
         horizontal_flip=config.data.horizontal_flip,
         bucket_sizes=[list(size) for size in bucket_sizes(config.data)],
         precision=accelerator.mixed_precision,
     )
     caption_settings = CaptionSettings(
-        text_encoder=latents.weights_digest(clip_folder / "text_encoder"),
-        tokenizer=latents.tokenizer_digest(clip_folder / "tokenizer"),
+        text_encoder=latents.weights_digest(clip_parts.text_encoder),
+        tokenizer=latents.tokenizer_digest(clip_parts.tokenizer),
     )
     check_folder(folder, {"images": image_settings, "captions": caption_settings})
     data = open_data(config.data, 0, accelerator.num_processes)
@@ -77,7 +77,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().to(accelerator.device)
     precision.prepare(vae, accelerator.mixed_precision, accelerator.device)
-    clip = export.load(clip_folder)
+    clip = export.load(clip_parts)
     clip.text_encoder.to(accelerator.device)
     clip.image_encoder.to(accelerator.device)
 

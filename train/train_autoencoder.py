@@ -79,8 +79,8 @@ def main() -> None:
     discriminator = PatchDiscriminator(config.discriminator_channels)
     perceptual = None
     if config.perceptual_weight:
-        clip_folder = run.component_folder(config.perceptual_clip, "perceptual_clip", "image_encoder").parent
-        perceptual = PerceptualDistance(export.load(clip_folder)).to(accelerator.device)
+        clip = run.clip_parts(config.perceptual_clip, "perceptual_clip", images=True)
+        perceptual = PerceptualDistance(export.load(clip)).to(accelerator.device)
     if training.find_micro_batch:
         before = None if "training.find_micro_batch" in config.resume.allow else resumed
         share = memory.fitting_share(

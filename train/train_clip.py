@@ -65,13 +65,13 @@ def main() -> None:
         }
         clip = configuration.built("model", build, config.model, sizes)
     else:
+        parts = run.clip_parts(config.init, "init", images=True)
         sizes = export.arguments_of(
-            CLIPTextConfig.from_pretrained(run.component_folder(config.init, "init", "text_encoder")),
-            CLIPVisionConfig.from_pretrained(run.component_folder(config.init, "init", "image_encoder")),
+            CLIPTextConfig.from_pretrained(parts.text_encoder), CLIPVisionConfig.from_pretrained(parts.image_encoder)
         )
         run.check_fits("init", config.init, "image tower", sizes, image_size=config.data.image_size)
         check_agrees(config, sizes)
-        started_from = export.load(run.component_folder(config.init, "init", "image_encoder").parent)
+        started_from = export.load(parts)
         if not started_from.reads_plain_pixels:
             raise UserError(
                 f"init {config.init}: its image tower reads pixels of mean {started_from.image_mean}, not in [-1, 1]; "

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from ldm import configuration
 from ldm.clip import export
+from ldm.clip.parts import ClipParts
 from ldm.config import NOISE_LEVELS, LdmConfig
 from ldm.data.batches import data_state, micro_batches
 from ldm.data.latents import CachedLatents
@@ -234,14 +235,13 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     """Cached latents; the U-Net attends to caption tokens and adds the image embedding to that of the time."""
     configuration.check_arguments("model", config.model, UNet2DConditionModel)
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
-    clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
-    data = CachedLatents(Path(config.cache), config.seed, vae_folder, clip_folder)
+    clip = run.clip_parts(config.clip, "clip")
+    data = CachedLatents(Path(config.cache), config.seed, vae_folder, clip)
     validation = None
     if config.validation_cache is not None:
-        validation = CachedLatents(Path(config.validation_cache), config.seed, vae_folder, clip_folder)
-    if config.sample_prompts:
-        run.component_folder(config.prior, "prior", "prior")
-    text_config = CLIPTextConfig.from_pretrained(clip_folder / "text_encoder")
+        validation = CachedLatents(Path(config.validation_cache), config.seed, vae_folder, clip)
+    prior_folder = run.component_folder(config.prior, "prior", "prior") if config.sample_prompts else None
+    text_config = CLIPTextConfig.from_pretrained(clip.text_encoder)
     embedding_dim = text_config.projection_dim
     if config.init == "scratch":
         unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
@@ -308,7 +308,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
             component.save_pretrained(folder / name)
 
     def drawn(unet: nn.Module) -> Tensor | None:
-        return samples(config, unet, parts, vae_folder, clip_folder) if config.sample_prompts else None
+        return samples(config, unet, parts, vae_folder, clip, prior_folder) if config.sample_prompts else None
 
     return Task(data, unet, configured_alpha_bar(config), conditions, drawn, save, validation)
 
@@ -322,11 +322,11 @@ def opened_pipeline(
     if config.autoencoder:
         parts["vae"] = AutoencoderKL.from_pretrained(run.component_folder(config.autoencoder, "autoencoder", "vae"))
     if config.clip:
-        clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
-        clip = export.load(clip_folder)
+        clip_parts = run.clip_parts(config.clip, "clip", images=True)
+        clip = export.load(clip_parts)
         parts |= {"tokenizer": clip.tokenizer, "text_encoder": export.text_tower(clip.text_encoder)}
         parts |= {"prior_tokenizer": clip.tokenizer, "prior_text_encoder": clip.text_encoder}
-        processor = CLIPImageProcessor.from_pretrained(clip_folder / "image_processor")
+        processor = CLIPImageProcessor.from_pretrained(clip_parts.image_processor)
         tower = {"image_encoder": clip.image_encoder, "feature_extractor": processor}
     if config.prior:
         prior_folder = run.component_folder(config.prior, "prior", "prior")
@@ -367,20 +367,19 @@ def model_arguments(config: LdmConfig, embedding_dim: int) -> dict[str, Any]:
 
 
 def samples(
-    config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae_folder: Path, clip_folder: Path
+    config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae: Path, clip: ClipParts, prior: Path
 ) -> torch.Tensor:
     """One image (3, S, S) in [-1, 1] of each of `sample_prompts`, from text alone; the same noise at every call."""
-    clip = export.load(clip_folder)
-    prior_folder = run.component_folder(config.prior, "prior", "prior")
+    towers = export.load(clip)
     pipeline = LatentDiffusionPipeline(
-        prior_tokenizer=clip.tokenizer,
-        prior_text_encoder=clip.text_encoder,
-        prior=PriorTransformer.from_pretrained(prior_folder),
-        prior_scheduler=DDPMScheduler.from_pretrained(prior_folder.parent / "prior_scheduler"),
-        tokenizer=clip.tokenizer,
-        text_encoder=export.text_tower(clip.text_encoder),
+        prior_tokenizer=towers.tokenizer,
+        prior_text_encoder=towers.text_encoder,
+        prior=PriorTransformer.from_pretrained(prior),
+        prior_scheduler=DDPMScheduler.from_pretrained(prior.parent / "prior_scheduler"),
+        tokenizer=towers.tokenizer,
+        text_encoder=export.text_tower(towers.text_encoder),
         unet=unet,
-        vae=AutoencoderKL.from_pretrained(vae_folder),
+        vae=AutoencoderKL.from_pretrained(vae),
         **parts,
     ).to(unet.device)
     pipeline.set_progress_bar_config(disable=True)

@@ -42,9 +42,9 @@ def main() -> None:
     memory.refuse_search(config.training, "the prior is small")
     accelerator, share, resumed = run.start(config, arguments.resume)
     training = config.training
-    clip_folder = run.component_folder(config.clip, "clip", "text_encoder").parent
-    data = CachedLatents(Path(config.cache), config.seed, None, clip_folder)
-    text_config = CLIPTextModelWithProjection.config_class.from_pretrained(clip_folder / "text_encoder")
+    clip = run.clip_parts(config.clip, "clip")
+    data = CachedLatents(Path(config.cache), config.seed, None, clip)
+    text_config = CLIPTextModelWithProjection.config_class.from_pretrained(clip.text_encoder)
     if text_config.hidden_size != text_config.projection_dim:
         raise UserError(
             f"clip {config.clip}: its text tower is {text_config.hidden_size} wide and its embeddings "

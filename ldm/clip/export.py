@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ldm.clip.model import build
+from ldm.clip.parts import ClipParts
 from ldm.components.configs import read_json
 from ldm.errors import UserError
 from ldm.files import make_readable
@@ -31,7 +32,7 @@ class ClipTowers:
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModelWithProjection
-    image_encoder: CLIPVisionModelWithProjection
+    image_encoder: CLIPVisionModelWithProjection | None
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Of pixels in [0, 1], as the image tower reads them: (u - mean) / std."""
@@ -209,25 +210,20 @@ def save(
         make_readable(file)
 
 
-def load(folder: str | Path) -> ClipTowers:
-    """Towers and tokenizer from a run folder or its `model/`, frozen and in evaluation mode.
+def load(parts: ClipParts) -> ClipTowers:
+    """Towers and tokenizer, frozen and in evaluation mode, whatever the weights are stored in.
 
     Raises:
-        UserError: a component is missing, or its weights do not fill it exactly.
+        UserError: weights do not fill a tower exactly.
     """
-    root = Path(folder)
-    root = root / "model" if (root / "model").is_dir() else root
-    for component in ("text_encoder/config.json", "image_encoder/config.json", "tokenizer/tokenizer_config.json"):
-        if not (root / component).is_file():
-            raise UserError(f"clip {folder}: '{root / component}' is missing; has train_clip.py finished there?")
     pixels = {}
-    if (root / "image_processor" / "preprocessor_config.json").is_file():
-        written = read_json(root / "image_processor" / "preprocessor_config.json")
+    if parts.image_processor is not None:
+        written = read_json(parts.image_processor / "preprocessor_config.json")
         pixels = {name: tuple(written[name]) for name in ("image_mean", "image_std") if written.get(name)}
     return ClipTowers(
-        CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        _frozen(CLIPTextModelWithProjection, root / "text_encoder"),
-        _frozen(CLIPVisionModelWithProjection, root / "image_encoder"),
+        CLIPTokenizer.from_pretrained(parts.tokenizer),
+        _frozen(CLIPTextModelWithProjection, parts.text_encoder),
+        None if parts.image_encoder is None else _frozen(CLIPVisionModelWithProjection, parts.image_encoder),
         **pixels,
     )
 

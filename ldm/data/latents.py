@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from ldm import files
+from ldm.clip.parts import ClipParts
+from ldm.components.configs import read_json
 from ldm.data.records import Records, is_whole, open_shard
 from ldm.errors import UserError
 from ldm.training import randomness
@@ -35,6 +37,18 @@ from ldm.training import randomness
 FORMAT = 2
 LATENTS = ("latent_mean", "latent_std")
 TEXT = ("text_embeds", "hidden_states", "attention_mask")
+OF_OPENING = {
+    "is_local": (True, False),
+    "local_files_only": (True, False),
+    "pad_to_multiple_of": (None,),
+    "pad_token_type_id": (0,),
+    "padding_side": ("right",),
+    "stride": (0,),
+    "truncation_side": ("right",),
+    "truncation_strategy": ("longest_first",),
+}
+"""What a tokenizer adds to its configuration when it is opened and written again, and reads texts as it did before:
+keys and their values; also `max_length`, where it is `model_max_length`."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,25 @@ def autoencoder_digest(component: Path) -> str:
 
 
 def tokenizer_digest(component: Path) -> str:
-    """sha256 of a tokenizer folder's files."""
-    paths = sorted(component.glob("*.json")) + sorted(component.glob("*.txt"))
-    return hashlib.sha256("".join(files.sha256(path) for path in paths).encode()).hexdigest()
+    """sha256 of a tokenizer folder's files, as they were when the tokenizer was made."""
+    digests = {path: files.sha256(path) for path in _tokenizer_files(component)}
+    path = component / "tokenizer_config.json"
+    if path in digests:
+        config = read_json(path)
+        usual = OF_OPENING | {"max_length": (config.get("model_max_length"),)}
+        config = {key: value for key, value in config.items() if value not in usual.get(key, ())}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        digests[path] = hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+
+
+def _digest_as_written(tokenizer: Path) -> str:
+    """What earlier caches have for `tokenizer_digest`."""
+    return hashlib.sha256("".join(map(files.sha256, _tokenizer_files(tokenizer))).encode()).hexdigest()
+
+
+def _tokenizer_files(component: Path) -> list[Path]:
+    return sorted(component.glob("*.json")) + sorted(component.glob("*.txt"))
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
@@ -167,9 +197,9 @@ class CachedLatents(torch.utils.data.Dataset):
     several shapes, those of a batch must be of one. Nothing is read before it is asked for.
     """
 
-    def __init__(self, folder: Path, seed: int, autoencoder: Path | None, clip: Path):
-        """`autoencoder` and `clip` are the component folders of this run, which must be those of the cache; None, and
-        batches are without latents.
+    def __init__(self, folder: Path, seed: int, autoencoder: Path | None, clip: ClipParts):
+        """`autoencoder` and `clip` are the component folders of this run, which must be those of the cache, an image
+        tower if there is one; without an autoencoder batches are without latents.
 
         Raises:
             UserError: no finished cache, one of other encoders or another image size, or a file missing or damaged.
@@ -245,14 +275,14 @@ class CachedLatents(torch.utils.data.Dataset):
         return tuple(torch.tensor(self.rows[name]) for name in ("embedding_mean", "embedding_std"))
 
 
-def check_components(folder: Path, index: CacheIndex, autoencoder: Path | None, clip: Path) -> None:
+def check_components(folder: Path, index: CacheIndex, autoencoder: Path | None, clip: ClipParts) -> None:
     """Raises UserError where a cache was written with other encoders than these component folders'."""
     stored = asdict(index.image_settings) | asdict(index.caption_settings)
-    for name, digest, component in (
-        ("autoencoder", autoencoder_digest, autoencoder),
-        ("text_encoder", weights_digest, clip / "text_encoder"),
-        ("image_encoder", weights_digest, clip / "image_encoder"),
-        ("tokenizer", tokenizer_digest, clip / "tokenizer"),
+    for name, digests, component in (
+        ("autoencoder", (autoencoder_digest,), autoencoder),
+        ("text_encoder", (weights_digest,), clip.text_encoder),
+        ("image_encoder", (weights_digest,), clip.image_encoder),
+        ("tokenizer", (tokenizer_digest, _digest_as_written), clip.tokenizer),
     ):
-        if component is not None and digest(component) != stored[name]:
+        if component is not None and stored[name] not in [digest(component) for digest in digests]:
             raise UserError(f"cache {folder} was written with another {name} than {component}; write it again")

@@ -215,7 +215,7 @@ class _Opened(NamedTuple):
 def _open_folder(name: str, device: torch.device) -> _Opened:
     folder = expanded(name)
     if not folder.is_dir():
-        if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        if folder.exists() or not hub.is_repository_name(name):
             raise UserError(f"'{name}' is none of inception, open_clip:MODEL/TAG, a folder, or owner/repository")
         folder = hub.fetch(name, FILES)
     places = (folder, folder / "image_encoder", folder / "model" / "image_encoder")

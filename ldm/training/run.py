@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.utils import (
 from torch import nn
 
 from ldm import configuration, hub
+from ldm.clip.parts import IMAGE_ENCODER, WITH_PROJECTION, ClipParts, parts_of
 from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
@@ -213,24 +215,64 @@ def component_folder(run: str, option: str, component: str, classes: tuple[str, 
     Raises:
         UserError: naming `option`, its value, and what is missing, damaged or not as its configuration says.
     """
+    folders = _models(run, option, component)
+    for folder in folders:
+        if (folder / component / "config.json").is_file():
+            _check_whole(run, option, folder / component, classes)
+            return folder / component
+    raise UserError(
+        f"{option} {run}: component {component!r} missing: expected {folders[0] / component / 'config.json'}"
+        "; has that run finished?"
+    )
+
+
+def clip_parts(run: str, option: str, images: bool = False) -> ClipParts:
+    """Where a run of train_clip.py left its CLIP, or where that of a pipeline folder or Hub repository lies; as
+    `component_folder`. `images`: whether the image tower is needed."""
+    parts = next(filter(None, map(parts_of, _models(run, option, "text_encoder"))), None)
+    if parts is None:
+        raise UserError(
+            f"{option} {run}: {component_folder(run, option, 'text_encoder')} has no projection and embeds no texts; "
+            "give a run of train_clip.py, what `ldm export-clip` writes, or a pipeline with a prior"
+        )
+    if images and parts.image_encoder is None:
+        raise UserError(
+            f"{option} {run}: no {IMAGE_ENCODER} beside {parts.text_encoder.name}, and images are to be embedded; give "
+            "the run of train_clip.py that it came from, or a folder that `ldm assemble` made of that"
+        )
+    _check_whole(run, option, parts.text_encoder, (WITH_PROJECTION,))
+    _check_whole(run, option, parts.tokenizer)
+    if images:
+        _check_whole(run, option, parts.image_encoder)
+    return parts
+
+
+def _models(run: str, option: str, component: str) -> tuple[Path, Path]:
+    """The folders in which `component` of a run, or of a pipeline's folder or repository, may lie."""
     if not run:
         raise UserError(f"{option} must be set: the run folder that holds model/{component}")
     root = Path(run)
-    if not root.exists() and run.count("/") == 1 and not run.startswith((".", os.sep)):
-        root = hub.resolve(run)
-    for folder in (root / "model", root):
-        if (folder / component / "config.json").is_file():
-            try:
-                found = hub.check_component(folder / component, classes)
-                hub.check_finite(found)
-                hub.check_shapes(found)
-            except UserError as error:
-                raise UserError(f"{option} {run}: {error}") from None
-            return folder / component
-    raise UserError(
-        f"{option} {run}: component {component!r} missing: expected {root / 'model' / component / 'config.json'}"
-        "; has that run finished?"
-    )
+    if not root.exists() and hub.is_repository_name(run):
+        try:
+            root = _downloaded(run)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from None
+    return root / "model", root
+
+
+@cache
+def _downloaded(repository: str) -> Path:
+    """Once for each process, which has all components of one commit."""
+    return hub.resolve(repository)
+
+
+def _check_whole(run: str, option: str, component: Path, classes: tuple[str, ...] | None = None) -> None:
+    try:
+        found = hub.check_component(component, classes)
+        hub.check_finite(found)
+        hub.check_shapes(found)
+    except UserError as error:
+        raise UserError(f"{option} {run}: {error}") from None
 
 
 def check_agrees(

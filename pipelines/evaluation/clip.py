@@ -9,14 +9,11 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm import hub
-from ldm.components.configs import read_json
+from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS, WITH_PROJECTION, parts_of
 from ldm.errors import UserError
 from ldm.evaluation.features import open_features
 from ldm.files import expanded
-from pipelines.image_tower import ENCODER, PROCESSORS
 
-TEXT_TOWERS = (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer"))
-WITH_PROJECTION = CLIPTextModelWithProjection.__name__
 TEXTS_AT_ONCE = 256
 
 
@@ -25,10 +22,11 @@ class Clip:
 
     def __init__(self, folder: Path, name: str, device: torch.device):
         self.images, self.device = replace(open_features(folder, device), name=name), device
-        text, tokenizer = _text_tower(folder)
-        hub.check_finite(hub.check_component(folder / text, (WITH_PROJECTION,)))
-        self.texts = CLIPTextModelWithProjection.from_pretrained(folder / text, dtype=torch.float32).to(device).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / tokenizer)
+        parts = parts_of(folder)
+        hub.check_finite(hub.check_component(parts.text_encoder, (WITH_PROJECTION,)))
+        texts = CLIPTextModelWithProjection.from_pretrained(parts.text_encoder, dtype=torch.float32)
+        self.texts = texts.to(device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(parts.tokenizer)
 
     @torch.no_grad()
     def read(self, captions: list[str]) -> Tensor:
@@ -57,20 +55,11 @@ def open_clip_folder(name: str, device: torch.device) -> Clip:
         if _is_whole(folder):
             return Clip(folder, f"CLIP {run.name}", device)
     raise UserError(
-        f"--clip '{name}' is no folder of CLIP's two towers ({ENCODER}, {PROCESSORS[0]}, text_encoder, tokenizer); "
-        "give a run of train_clip.py, or what `ldm export-clip` writes"
+        f"--clip '{name}' is no folder of CLIP's two towers ({IMAGE_ENCODER}, {PROCESSORS[0]}, text_encoder, "
+        "tokenizer); give a run of train_clip.py, or what `ldm export-clip` writes"
     )
 
 
 def _is_whole(folder: Path) -> bool:
-    has_processor = any((folder / name).is_dir() for name in PROCESSORS)
-    return (folder / ENCODER).is_dir() and has_processor and _text_tower(folder) is not None
-
-
-def _text_tower(folder: Path) -> tuple[str, str] | None:
-    """Folders of the text tower that projects, and of its tokenizer."""
-    for tower, tokenizer in TEXT_TOWERS:
-        config = folder / tower / "config.json"
-        if config.is_file() and WITH_PROJECTION in (read_json(config).get("architectures") or []):
-            return tower, tokenizer
-    return None
+    parts = parts_of(folder)
+    return parts is not None and None not in (parts.image_encoder, parts.image_processor)

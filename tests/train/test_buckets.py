@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.clip.parts import parts_of
 from ldm.data.latents import CachedLatents
 from ldm.errors import UserError
 from pipelines import LatentDiffusionPipeline
@@ -36,7 +37,7 @@ def folder(runs, arguments_of, run_script, tmp_path_factory):
 
 @pytest.fixture
 def data(folder):
-    return CachedLatents(folder / "cache", 0, folder / "autoencoder/model/vae", folder / "clip/model")
+    return CachedLatents(folder / "cache", 0, folder / "autoencoder/model/vae", parts_of(folder / "clip/model"))
 
 
 def test_images_are_cached_at_the_size_nearest_to_theirs(data):
@@ -120,7 +121,7 @@ def test_two_sizes_of_one_picture_are_two_conditions(runs, arguments_of, run_scr
         (tmp_path / "pictures" / f"{number}.txt").write_text("a gradient")
     further = [f"data.source={tmp_path / 'pictures'}", "data.max_images=100"]
     assert run_script("cache", arguments_of("cache", runs, tmp_path / "cache", *further)) == 0
-    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder/model/vae", runs / "clip/model")
+    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder/model/vae", parts_of(runs / "clip/model"))
     batch = data.__getitems__([(0, 0), (0, 1)])
     assert batch["sizes"].tolist() == [[32, 32, 0, 0, 32, 32], [64, 64, 0, 0, 32, 32]]
 

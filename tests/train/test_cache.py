@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.clip import export
+from ldm.clip.parts import parts_of
 from ldm.data import shapes
 from ldm.data.latents import CachedLatents, read_index
 from ldm.data.records import open_shard
@@ -78,7 +79,7 @@ def write(runs, arguments_of, run_script, tmp_path, capsys):
 @pytest.fixture
 def opened(runs):
     """(cache) -> its samples, read with the encoders of `runs`."""
-    return lambda cache: CachedLatents(cache, 0, runs / "autoencoder" / "model" / "vae", runs / "clip" / "model")
+    return lambda cache: CachedLatents(cache, 0, runs / "autoencoder/model/vae", parts_of(runs / "clip/model"))
 
 
 def samples(data):
@@ -276,7 +277,7 @@ def test_one_process_a_folder(runs, arguments_of, fails, tmp_path):
 
 def test_a_clip_of_another_size_and_normalisation(runs, write, tmp_path):
     """As `ldm export-clip` leaves it."""
-    towers = export.load(runs / "clip")
+    towers = export.load(parts_of(runs / "clip" / "model"))
     config = towers.image_encoder.config
     processor = CLIPImageProcessor(
         size={"shortest_edge": 16},
@@ -290,7 +291,7 @@ def test_a_clip_of_another_size_and_normalisation(runs, write, tmp_path):
     processor.save_pretrained(clip / "image_processor")
     pictures = draw(tmp_path / "pictures", range(4))
     write(pictures, f"clip={clip}")
-    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder" / "model" / "vae", clip)
+    data = CachedLatents(tmp_path / "cache", 0, runs / "autoencoder" / "model" / "vae", parts_of(clip))
     images = [Image.open(pictures / f"{number:02d}.png").convert("RGB") for number in range(4)]
     with torch.no_grad():
         expected = vision.eval()(**processor(images=images, return_tensors="pt")).image_embeds

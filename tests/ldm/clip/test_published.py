@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from ldm.clip import export, published
+from ldm.clip.parts import parts_of
 from ldm.errors import UserError
 from pipelines import cli
 
@@ -68,7 +69,7 @@ def test_towers_tokens_and_pixels_are_open_clips(repositories, tmp_path, name):
         cli.main(["export-clip", "hf-hub:user/model", "--output", str(tmp_path / "clip")])
     assert caught.value.code == 0
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    towers = export.load(tmp_path / "clip")
+    towers = export.load(parts_of(tmp_path / "clip"))
     assert towers.text_encoder.config.hidden_act == ("quick_gelu" if "quick" in name else "gelu")
 
     tokenizer, length = SimpleTokenizer(), towers.tokenizer.model_max_length
@@ -118,7 +119,7 @@ def test_a_file_of_a_models_weights(repositories, tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     weights = repositories / "small" / published.WEIGHTS
     published.export("Small", str(weights), tmp_path / "clip")
-    assert export.load(tmp_path / "clip").image_mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert export.load(parts_of(tmp_path / "clip")).image_mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
     with pytest.raises(UserError, match="is damaged: its header promises"):

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
+from ldm.clip.parts import parts_of
+from ldm.clip.tokenizer import train_tokenizer
 from ldm.data import latents
 from ldm.data.cache import embedding_statistics
 from ldm.data.latents import CachedLatents, CacheIndex, CaptionSettings, ImageSettings, read_index, write_index
@@ -27,6 +30,7 @@ def encoders(tmp_path):
         save_file({"weight": torch.full((2,), float(len(name)))}, tmp_path / name / "model.safetensors")
     (tmp_path / "vae" / "config.json").write_text('{"scaling_factor": 0.5}')
     (tmp_path / "image_encoder" / "config.json").write_text('{"image_size": 4}')
+    (tmp_path / "text_encoder" / "config.json").write_text('{"architectures": ["CLIPTextModelWithProjection"]}')
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     return tmp_path
@@ -88,7 +92,7 @@ def cache(encoders):
 
 
 def test_samples_of_all_shards_with_their_captions(cache, encoders):
-    data = CachedLatents(cache, 0, encoders / "vae", encoders)
+    data = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     assert len(data) == IMAGES
     for epoch in range(8):
         batch = data.__getitems__([(epoch, index) for index in range(IMAGES)])
@@ -103,7 +107,7 @@ def test_samples_of_all_shards_with_their_captions(cache, encoders):
 
 
 def test_flip_and_caption_change_with_the_epoch_and_with_nothing_else(cache, encoders):
-    data = CachedLatents(cache, 0, encoders / "vae", encoders)
+    data = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     alone = [data.__getitems__([(epoch, 0)]) for epoch in range(64)]
     beside = [data.__getitems__([(epoch, 4), (epoch, 0)]) for epoch in range(64)]
     for one, other in zip(alone, beside, strict=True):
@@ -113,7 +117,7 @@ def test_flip_and_caption_change_with_the_epoch_and_with_nothing_else(cache, enc
 
 
 def test_embedding_statistics(cache, encoders):
-    mean, std = CachedLatents(cache, 0, encoders / "vae", encoders).embedding_statistics()
+    mean, std = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders)).embedding_statistics()
     numbers = torch.arange(IMAGES * FLIPS, dtype=torch.float64)
     assert mean.tolist() == pytest.approx([numbers.mean().item()] * DIM)
     assert std.tolist() == pytest.approx([numbers.std().item()] * DIM)
@@ -128,12 +132,12 @@ def test_statistics_count_an_image_as_often_as_the_data_hold_it(cache):
 
 
 def test_the_empty_caption_stands_for_none(cache, encoders):
-    text = CachedLatents(cache, 0, encoders / "vae", encoders).no_text()
+    text = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders)).no_text()
     assert text["text_embeds"].tolist() == [[0.0] * DIM]
 
 
 def test_without_an_autoencoder_batches_are_without_latents(cache, encoders):
-    batch = CachedLatents(cache, 0, None, encoders).__getitems__([(0, 1)])
+    batch = CachedLatents(cache, 0, None, parts_of(encoders)).__getitems__([(0, 1)])
     assert "latent_mean" not in batch and batch["image_embeds"].shape == (1, DIM)
 
 
@@ -144,7 +148,7 @@ def _read_elsewhere(data, queue):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_data_worker_gets_the_files_names_and_not_what_is_in_them(cache, encoders, method):
-    data = CachedLatents(cache, 0, encoders / "vae", encoders)
+    data = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     assert len(ForkingPickler.dumps(data)) < 4096 < sum(path.stat().st_size for path in cache.iterdir())
     context = multiprocessing.get_context(method)
     queue = context.Queue()
@@ -157,7 +161,7 @@ def test_a_data_worker_gets_the_files_names_and_not_what_is_in_them(cache, encod
 
 def test_neither_opening_nor_reading_a_cache_keeps_records_in_memory(cache, encoders):
     """What this process holds of a 64 MiB shard."""
-    data = CachedLatents(cache, 0, encoders / "vae", encoders)
+    data = CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     rows = 2**20
     path = write_shard(cache, "images", {"latent_mean": torch.ones(rows, 16), "keys": keys(1).expand(rows, 32).clone()})
 
@@ -176,7 +180,7 @@ def test_neither_opening_nor_reading_a_cache_keeps_records_in_memory(cache, enco
 def test_cache_of_another_encoder_is_refused(cache, encoders, component):
     save_file({"weight": torch.zeros(2)}, encoders / component / "model.safetensors")
     with pytest.raises(UserError, match=f"with another .* than .*{component}"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
 
 
 @pytest.mark.parametrize(
@@ -189,30 +193,43 @@ def test_cache_of_another_encoder_is_refused(cache, encoders, component):
 def test_cache_of_another_configuration_is_refused(cache, encoders, file, text, words):
     (encoders / file).write_text(text)
     with pytest.raises(UserError, match=words):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
+
+
+def test_a_tokenizer_that_was_opened_and_written_again_is_the_same(cache, encoders):
+    """As assembled and published folders have it."""
+    tokenizer = encoders / "tokenizer"
+    train_tokenizer(["a cat", "a dog"], 520, 8).save_pretrained(tokenizer)
+    made = latents.tokenizer_digest(tokenizer)
+    CLIPTokenizer.from_pretrained(tokenizer).save_pretrained(tokenizer)
+    assert json.loads((tokenizer / "tokenizer_config.json").read_text())["is_local"]
+    assert latents.tokenizer_digest(tokenizer) == made
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    assert latents.tokenizer_digest(tokenizer) != made
 
 
 @pytest.mark.parametrize("kind", ["images", "captions", "rows"])
 def test_a_changed_bit_is_found(cache, encoders, kind):
-    CachedLatents(cache, 0, encoders / "vae", encoders)
+    CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     path = max(cache.glob(f"{kind}-*"))
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
 
 
 def test_files_are_read_whole_once_and_then_only_where_they_changed(cache, encoders, monkeypatch):
     read = []
     monkeypatch.setattr(latents, "is_whole", lambda path: read.append(path.name) or True)
-    CachedLatents(cache, 0, encoders / "vae", encoders)
+    CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     assert read == []
     shard = cache / read_index(cache).images[0]
     shard.touch()
-    CachedLatents(cache, 0, encoders / "vae", encoders)
+    CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     (cache / "verified.json").write_text("not json")
-    CachedLatents(cache, 0, encoders / "vae", encoders)
+    CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     assert read[0] == shard.name and sorted(read[1:]) == sorted(read_index(cache).files)
 
 
@@ -223,17 +240,17 @@ def test_cache_that_is_not_whole_is_refused(cache, encoders):
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="is damaged; run"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     index = json.loads((cache / "index.json").read_text())
     (cache / "index.json").write_text(json.dumps({**index, "format": 1}))
     with pytest.raises(UserError, match="has format 1, this version reads 2"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     (cache / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
     (cache / "index.json").unlink()
     with pytest.raises(UserError, match="not finished"):
-        CachedLatents(cache, 0, encoders / "vae", encoders)
+        CachedLatents(cache, 0, encoders / "vae", parts_of(encoders))
