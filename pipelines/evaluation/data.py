@@ -9,6 +9,7 @@ from torch import Tensor
 from ldm.config import DataConfig
 from ldm.data.captions import CaptionedImages, open_images
 from ldm.data.splits import captioned, choose_split, splits_of
+from ldm.data.text_files import NOT_TRAINED_ON
 from ldm.errors import UserError
 from ldm.training import randomness
 from pipelines.evaluation.stored import Pictures
@@ -37,6 +38,16 @@ class Judged:
     @property
     def against(self) -> str:
         return f"{len(self.reference_indices):,} images of {self.reference_split}"
+
+    @property
+    def doubt(self) -> str | None:
+        """What is to be said of data that nothing keeps apart from training; None where their split's name does."""
+        if self.split in NOT_TRAINED_ON:
+            return None
+        return (
+            f"nothing says that these images ({self.split}) were kept from training: a model that was trained on them "
+            "looks better than it is; take data that were kept from it, or name their split with --split"
+        )
 
     @property
     def has_other_reference(self) -> bool:

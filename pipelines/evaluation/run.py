@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -66,6 +67,8 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     settings = _settings(arguments, name, folder, painter, data, judges)
     claim(output, settings)
     lock(output, "written", "--output")
+    if data.doubt is not None:
+        print(f"warning: --data {arguments.data}: {data.doubt}", file=sys.stderr)
     seconds = {"opening": round(perf_counter() - begin, 1)}
 
     begin = perf_counter()
@@ -74,6 +77,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path, output: Pat
     seconds["drawing"] = round(perf_counter() - begin, 1)
     images = images_of(data, drawn)
     found = judge(painter, data, images, judges, *drawing)
+    found.warnings += [data.doubt] if data.doubt is not None else []
 
     begin = perf_counter()
     curves = _curves(arguments, painter, data, images, judges, found, given, output)
