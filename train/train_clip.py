@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ldm import configuration
 from ldm.clip import augment, export
+from ldm.clip.contrastive import NO_CAPTION, caption_groups, each_its_own, grouped_loss
 from ldm.clip.model import build, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
 from ldm.clip.tokenizer import clip_tokenizer, encode, lengths, train_tokenizer
@@ -80,7 +81,7 @@ def main() -> None:
         tokenizer = started_from.tokenizer
         clip = export.from_transformers(started_from.text_encoder, started_from.image_encoder)
     if accelerator.is_main_process:
-        warn_of_cut_captions(tokenizer, data)
+        warn_of_unread_captions(tokenizer, data)
     embedding_dim = clip.text_projection.shape[1]
     run.ready(clip, training, accelerator)
     model = Slip(clip, embedding_dim)
@@ -126,7 +127,12 @@ def main() -> None:
             images = augment.augment(images, draws[0], **augmentation)
 
         image, text, scale, projected = wrapped(images.to(accelerator.device), input_ids, second_views)
-        clip_loss = contrastive_loss(image, text, scale)
+        groups = accelerator.gather(caption_groups(batch["captions"]).to(accelerator.device))
+        if config.equal_captions == "negatives" and (groups != NO_CAPTION).all():
+            clip_loss = contrastive_loss(image, text, scale)
+        else:
+            groups = groups if config.equal_captions == "positives" else each_its_own(groups)
+            clip_loss = grouped_loss(*contrastive_loss.get_logits(image, text, scale), groups, share.slice(0))
         loss = clip_loss
         if projected is not None:
             if accelerator.num_processes > 1:  # every view of the global batch is told from all others
@@ -225,14 +231,20 @@ def make_tokenizer(config: ClipConfig, data: CaptionedImages | CaptionedStream) 
     return train_tokenizer(data.some_captions(TOKENIZER_CAPTIONS), config.vocabulary_size, config.context_length)
 
 
-def warn_of_cut_captions(tokenizer: CLIPTokenizer, data: CaptionedImages | CaptionedStream) -> None:
-    """Tells how many captions have an end that CLIP does not read."""
+def warn_of_unread_captions(tokenizer: CLIPTokenizer, data: CaptionedImages | CaptionedStream) -> None:
+    """Tells how many captions have an end that CLIP does not read, and how many nothing that it could."""
     captions = list(itertools.islice(data.some_captions(MEASURED_CAPTIONS), MEASURED_CAPTIONS))
     tokens, most = lengths(tokenizer, captions), tokenizer.model_max_length
     if cut := sum(length > most for length in tokens):
         tqdm.write(
             f"warning: {cut} of {len(captions)} captions looked at are longer than context_length {most}, up to "
             f"{max(tokens)} tokens; the rest of them is not read: raise context_length, or shorten them",
+            file=sys.stderr,
+        )
+    if empty := sum(not caption.strip() for caption in captions):
+        tqdm.write(
+            f"warning: {empty} of {len(captions)} captions looked at are empty: with one an image is in no pair, and "
+            "its like teach CLIP nothing of texts; write them captions, or leave them out",
             file=sys.stderr,
         )
 
