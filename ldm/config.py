@@ -175,6 +175,8 @@ class AutoencoderConfig(RunConfig):
     adversarial_start: int = 0
     """Step from which the discriminator counts."""
     discriminator_channels: int = 32
+    discriminator_layers: int = 2
+    """How often it halves an image: with each more its patches are twice as large. Latent diffusion has 3."""
     statistics_images: int = 4096
     """Images over which the mean and standard deviation of the latents are measured."""
     greyscale: bool = False
@@ -185,13 +187,17 @@ class AutoencoderConfig(RunConfig):
     def __post_init__(self):
         choose("kind", self.kind, ("kl", "plain", "denoising", "sparse", "k_sparse", "variational"))
         for name, least in (("kl_weight", 0), ("perceptual_weight", 0), ("adversarial_weight", 0),
-                            ("discriminator_channels", 1), ("statistics_images", 1)):  # fmt: skip
+                            ("discriminator_channels", 1), ("discriminator_layers", 1),
+                            ("statistics_images", 1)):  # fmt: skip
             require(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
         require(self.perceptual_weight == 0 or self.perceptual_clip is not None, "perceptual_weight",
                  self.perceptual_weight, "0 unless perceptual_clip names a run of train_clip.py")  # fmt: skip
         for name, unused in (("greyscale", False), ("test_split", None)) if self.kind == "kl" else (
             ("perceptual_weight", 0), ("adversarial_weight", 0)):  # fmt: skip
             require(getattr(self, name) == unused, name, getattr(self, name), f"left out with kind={self.kind}")
+        most = (self.data.image_size // 3).bit_length() - 1  # two more convolutions take 2 of the 3 pixels left
+        require(self.adversarial_weight == 0 or self.discriminator_layers <= most, "discriminator_layers",
+                self.discriminator_layers, f"<= {most} with data.image_size {self.data.image_size}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def main() -> None:
     else:
         noise_shape = autoencoder.noise_shape
         model = autoencoder
-    discriminator = PatchDiscriminator(config.discriminator_channels)
+    discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
     perceptual = None
     if config.perceptual_weight:
         clip = run.clip_parts(config.perceptual_clip, "perceptual_clip", images=True)

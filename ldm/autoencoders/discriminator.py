@@ -11,6 +11,7 @@ class PatchDiscriminator(nn.Module):
     """Logits for patches of an image; group norm instead of batch norm, so that processes need not agree."""
 
     def __init__(self, channels: int, num_layers: int = 2):
+        """num_layers: how often an image is halved; 3 pixels must be left."""
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for number in range(1, num_layers + 1):

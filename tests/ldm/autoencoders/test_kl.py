@@ -13,6 +13,8 @@ from ldm.autoencoders.discriminator import (
     discriminator_loss,
     generator_loss,
 )
+from ldm.config import AutoencoderConfig, DataConfig
+from ldm.errors import UserError
 
 
 @pytest.fixture
@@ -102,6 +104,17 @@ def test_the_discriminator_judges_patches():
     images[:, :, :4, :4] += 1
     difference = (discriminator(images) - logits).abs()
     assert difference[..., 0, 0].min() > 0 and difference[..., -1, -1].max() == 0
+
+
+@pytest.mark.parametrize(("layers", "side"), [(1, 6), (2, 12), (3, 24), (4, 48)])
+def test_the_smallest_image_for_its_layers(layers, side):
+    config = {"output_dir": "run", "adversarial_weight": 1, "discriminator_layers": layers}
+    assert AutoencoderConfig(data=DataConfig(image_size=side), **config).discriminator_layers == layers
+    assert PatchDiscriminator(4, layers)(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
+    with pytest.raises(UserError, match=f"must be <= {layers - 1} with data.image_size {side - 1}, got {layers}"):
+        AutoencoderConfig(data=DataConfig(image_size=side - 1), **config)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        PatchDiscriminator(4, layers)(torch.zeros(1, 3, side - 1, side - 1))
 
 
 @pytest.mark.parametrize("channels", [1, 6, 33])
