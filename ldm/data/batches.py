@@ -23,6 +23,12 @@ from ldm.training.checkpoint import Saved
 
 def open_data(config: DataConfig, seed: int, num_processes: int = 1) -> CaptionedImages | CaptionedStream:
     """`open_images`, or with data.streaming the stream that `num_processes` share. Raises UserError as that does."""
+    if config.caption_column is not None and config.caption_templates:
+        tqdm.write(
+            f"warning: data.caption_templates are not used: captions are those of data.caption_column "
+            f"{config.caption_column!r}; set data.caption_column=null for templates",
+            file=sys.stderr,
+        )
     if not config.streaming:
         return open_images(config, seed)
     return CaptionedStream(config, seed, open_shards(config, num_processes), num_processes)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.config import DataConfig
+from ldm.data.batches import open_data
 from ldm.data.captions import open_images
 from ldm.data.splits import splits_of
 from ldm.data.text_files import is_folder_of_text_files
@@ -56,12 +57,15 @@ def test_a_split_of_files_that_have_none_is_refused(tmp_path):
         open_images(dataclasses.replace(config, split="test"), seed=0)
 
 
-def test_the_text_is_a_column(tmp_path):
+def test_the_text_is_a_column(tmp_path, capsys):
     write(tmp_path / "0.png", "tabby cat")
     config = DataConfig(source=str(tmp_path), caption_column="text")
     assert captions(config) == [["tabby cat"]]
     templates = dataclasses.replace(config, caption_column=None, caption_templates=["a {text}", "a photo of a {text}"])
     assert captions(templates) == [["a tabby cat", "a photo of a tabby cat"]]
+    both = dataclasses.replace(templates, caption_column="text")
+    assert open_data(both, seed=0).captions(0) == ["tabby cat"]
+    assert "warning: data.caption_templates are not used" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"data.caption_column 'caption': .* has no such column; it has image, text"):
         open_images(dataclasses.replace(config, caption_column="caption"), seed=0)
 
