@@ -228,6 +228,7 @@ def test_curves_are_a_whole_picture(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.jpg", "metrics.jsonl"]
 
 
+@pytest.mark.filterwarnings("default")  # under -W ignore, too
 def test_a_prompt_beyond_the_context_is_drawn_with_a_warning(model, tmp_path, capsys):
     assert run("generate", "cat " * 10 + "dog", "--model", model, "--output", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").is_file()
