@@ -101,17 +101,18 @@ def check_can_be_made(output: Path) -> Path:
 
 def run_folders(stages: dict[str, str | Path]) -> dict[str, Path]:
     """Stage to run -> stage to folder on this machine. Raises `UserError` where there is none."""
-    folders = {}
+    folders: dict[str | Path, Path] = {}
     for stage, name in stages.items():
-        folders[stage] = expanded(name)
-        if not folders[stage].exists() and is_repository_name(name):
+        folder = folders.get(name, expanded(name))
+        if not folder.exists() and is_repository_name(name):
             try:
-                folders[stage] = resolve(name)
+                folder = resolve(name)
             except UserError as error:
                 raise UserError(f"{stage}: {error}") from None
-        if not folders[stage].is_dir():
+        if not folder.is_dir():
             raise UserError(f"{stage} '{name}' is not a folder; give the output_dir of a finished {stage} run")
-    return folders
+        folders[name] = folder
+    return {stage: folders[name] for stage, name in stages.items()}
 
 
 def find_components(stages: dict[str, Path]) -> dict[str, Path]:

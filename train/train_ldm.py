@@ -63,6 +63,7 @@ from ldm.training.task import (
     solver,
     try_step,
     validation_losses,
+    warn_of_another_process,
 )
 from ldm.training.tracking import Tracker
 from pipelines import LatentDiffusionPipeline, LatentDiffusionVariationPipeline
@@ -246,7 +247,9 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     if config.init == "scratch":
         unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
     else:
-        unet = UNet2DConditionModel.from_pretrained(run.component_folder(config.init, "init", "unet"))
+        unet_folder = run.component_folder(config.init, "init", "unet")
+        warn_of_another_process(config, unet_folder)
+        unet = UNet2DConditionModel.from_pretrained(unet_folder)
         run.check_fits(
             "init",
             config.init,

@@ -19,7 +19,7 @@ from accelerate.utils import (
 from torch import nn
 
 from ldm import configuration, hub
-from ldm.clip.parts import IMAGE_ENCODER, WITH_PROJECTION, ClipParts, parts_of
+from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS, WITH_PROJECTION, ClipParts, parts_of
 from ldm.config import RunConfig, TrainingConfig
 from ldm.data.order import Share
 from ldm.errors import UserError
@@ -228,17 +228,18 @@ def component_folder(run: str, option: str, component: str, classes: tuple[str, 
 
 def clip_parts(run: str, option: str, images: bool = False) -> ClipParts:
     """Where a run of train_clip.py left its CLIP, or where that of a pipeline folder or Hub repository lies; as
-    `component_folder`. `images`: whether the image tower is needed."""
+    `component_folder`. `images`: whether the image tower and what prepares its pixels are needed."""
     parts = next(filter(None, map(parts_of, _models(run, option, "text_encoder"))), None)
     if parts is None:
         raise UserError(
             f"{option} {run}: {component_folder(run, option, 'text_encoder')} has no projection and embeds no texts; "
             "give a run of train_clip.py, what `ldm export-clip` writes, or a pipeline with a prior"
         )
-    if images and parts.image_encoder is None:
+    if images and None in (parts.image_encoder, parts.image_processor):
+        missing = IMAGE_ENCODER if parts.image_encoder is None else PROCESSORS[0]
         raise UserError(
-            f"{option} {run}: no {IMAGE_ENCODER} beside {parts.text_encoder.name}, and images are to be embedded; give "
-            "the run of train_clip.py that it came from, or a folder that `ldm assemble` made of that"
+            f"{option} {run}: no {missing} beside {parts.text_encoder.name}, and images are to be embedded; give the "
+            "run of train_clip.py that it came from, or a folder that `ldm assemble` made of that"
         )
     _check_whole(run, option, parts.text_encoder, (WITH_PROJECTION,))
     _check_whole(run, option, parts.tokenizer)

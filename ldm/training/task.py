@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import configuration
+from ldm.components.configs import read_json
 from ldm.config import LdmConfig
 from ldm.data.batches import open_data
 from ldm.data.captions import CaptionedImages, as_is, open_images
@@ -135,6 +136,20 @@ def schedule_settings(config: LdmConfig) -> dict[str, Any]:
     return settings
 
 
+def warn_of_another_process(config: LdmConfig, unet: Path) -> None:
+    """Tells where the U-Net in the folder `unet`, that training starts from, was trained on another process."""
+    path = unet.parent / "scheduler" / "scheduler_config.json"
+    stored = read_json(path) if path.is_file() else {}
+    for name in ("prediction_type", "beta_schedule", "num_train_timesteps"):
+        now = getattr(config, name)
+        if (before := stored.get(name, now)) != now:
+            tqdm.write(
+                f"warning: init {config.init}: its U-Net was trained with {name}={before}, and goes on with {now}; set "
+                "it alike, unless the change is meant",
+                file=sys.stderr,
+            )
+
+
 def solver(config: LdmConfig) -> DPMSolverMultistepScheduler:
     """What a U-Net for latents is drawn with, from the last timestep or FIRST_LAMBDA on."""
     magnifies = config.prediction_type == "epsilon" and config.beta_schedule == "squaredcos_cap_v2"
@@ -162,7 +177,9 @@ def in_pixel_space(config: LdmConfig, share: Share) -> Task:
     if config.init == "scratch":
         unet = configuration.built("model", UNet2DModel, config.model, sizes)
     else:
-        unet = UNet2DModel.from_pretrained(run.component_folder(config.init, "init", "unet", ("UNet2DModel",)))
+        folder = run.component_folder(config.init, "init", "unet", ("UNet2DModel",))
+        warn_of_another_process(config, folder)
+        unet = UNet2DModel.from_pretrained(folder)
         run.check_agrees(config.init, "U-Net", unet.config, config.model)
         run.check_fits("init", config.init, "U-Net", unet.config, **sizes)
     if side % (factor := 2 ** (len(unet.config.block_out_channels) - 1)):

@@ -25,6 +25,19 @@ print(pipe.push_to_hub("user/copy", **json.loads(sys.argv[1])))
 pipe.push_to_hub("user/kept")
 """
 COMMAND = "import sys; from pipelines import cli; cli.main(sys.argv[1:])"
+TAKE_PARTS = """
+import sys
+from ldm.training import run
+from pipelines.assemble import assemble
+
+parts = run.clip_parts("user/model", "clip", images=True)
+assert run.component_folder("user/model", "autoencoder", "vae").parent == parts.image_encoder.parent
+print(assemble(*["user/model"] * 4, sys.argv[1]))
+try:
+    run.clip_parts("user/none", "clip")
+except ValueError as error:
+    print(error)
+"""
 PUBLISH = """
 import sys
 from ldm.errors import exit_code_of
@@ -110,6 +123,19 @@ def test_a_repository_is_opened_and_pushed_again_whole(hub, assembled, tmp_path)
     assert (drawn.returncode, drawn.stdout) == (0, f"{tmp_path / 'cat.png'}\n")
     assert drawn.stderr == f"note: 'user/model' is of commit {COMMIT}\n"
     assert Image.open(tmp_path / "cat.png").size == (16, 16)
+
+
+def test_a_repository_stands_for_every_run(hub, assembled, tmp_path):
+    """Its parts go on being trained, and are put together again."""
+    hub.repositories["user/model"] = {COMMIT: assembled}
+    result = hub.run(TAKE_PARTS, tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+    written, refused = result.stdout.splitlines()
+    assert written == str(tmp_path / "again")
+    assert refused.startswith("clip: model 'user/none' is neither a folder nor a repository that can be read")
+    assert result.stderr.count("note: 'user/model' is of commit") == 2  # for training, and for putting together
+    for path in assembled.rglob("*.safetensors"):
+        assert (tmp_path / "again" / path.relative_to(assembled)).read_bytes() == path.read_bytes(), path
 
 
 def test_weights_go_to_the_store_of_large_files_and_saving_pushes_with_our_card(hub, assembled, tmp_path):

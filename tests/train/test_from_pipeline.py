@@ -1,11 +1,14 @@
 """Training that goes on from an assembled model, without the runs that it was made of."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from ldm.config import LdmConfig
+from ldm.training.task import warn_of_another_process
 from pipelines import LatentDiffusionPipeline
 from pipelines.assemble import assemble
 from pipelines.cli import main as ldm_command
@@ -73,6 +76,14 @@ def test_a_cache_of_the_run_is_that_of_a_model_with_its_weights(runs, arguments_
     further = [f"init={runs / stage}", "training.max_steps=1"]
     assert run_script(stage, arguments_of(stage, runs, tmp_path / "other", *further)) == 0
     assert weights(tmp_path / "run" / "model") == weights(tmp_path / "other" / "model")
+
+
+def test_a_unet_that_predicted_something_else_is_told_of(model, capsys):
+    config = LdmConfig(output_dir="run", init="model", prediction_type="v_prediction")
+    warn_of_another_process(config, model / "unet")
+    assert capsys.readouterr().err == ""
+    warn_of_another_process(replace(config, prediction_type="sample"), model / "unet")
+    assert "was trained with prediction_type=v_prediction, and goes on with sample" in capsys.readouterr().err
 
 
 def test_what_a_model_cannot_give(model, runs, arguments_of, fails, tmp_path):
