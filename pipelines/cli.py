@@ -96,7 +96,7 @@ def _parser() -> ArgumentParser:
         ("prior", "train_prior.py"),
         ("unet", "train_ldm.py"),
     ):
-        joining.add_argument(f"--{stage}", metavar="RUN", required=True, help=f"run folder of {what}")
+        joining.add_argument(f"--{stage}", metavar="RUN", required=True, help=f"run folder of {what}, or a pipeline")
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
 
