@@ -12,6 +12,8 @@ from ldm.lora_config import LoraConfig
 
 NOISE_LEVELS = 1000
 """To which image embeddings can be noised, however many timesteps the latents have."""
+OF_IMAGES = ("prior", "image_embedding_dropout", "joint_dropout", "max_noise_level", "sample_prior_guidance_scale")
+"""Keys of train_ldm.py that are of no use without image embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +259,9 @@ class LdmConfig(RunConfig):
     2020)."""
     prior: str | None = None
     """Run of train_prior.py: with it, sample grids are drawn from text alone."""
+    image_conditioning: bool = True
+    """Whether the U-Net is told the CLIP embedding of the image, which in drawing a prior makes of the text; or false,
+    captions alone, without a prior."""
     cache: str = ""
     """Folder that cache_latents.py wrote."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -324,6 +329,7 @@ class LdmConfig(RunConfig):
         choose("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal", "importance"))
         in_pixels, simple, lora = self.autoencoder == "none", self.objective == "simple", self.lora is not None
         learned, sampling = self.variance == "learned_range", self.timestep_sampling
+        text_only = not self.image_conditioning
         for holds, name, allowed in (
             (in_pixels or not learned, "variance", "fixed unless autoencoder is none: stock text-to-image pipelines "
              "know no learned variance"),
@@ -356,8 +362,12 @@ class LdmConfig(RunConfig):
              "false unless model.addition_embed_type is null, whose place in the U-Net it takes"),
             (not in_pixels or not self.sample_prompts, "sample_prompts",
              "empty in pixel space, which is drawn without a prompt"),
-            (not self.sample_prompts or self.prior is not None or lora, "sample_prompts",
-             "empty unless prior names a run of train_prior.py"),
+            (not self.sample_prompts or self.prior is not None or lora or text_only, "sample_prompts",
+             "empty unless prior names a run of train_prior.py, or image_conditioning is false"),
+            (not text_only or not (in_pixels or lora), "image_conditioning", "left out in pixel space, which knows no "
+             "image embeddings, and with lora, where the model in init decides"),
+            *((not text_only or getattr(self, name) == type(self).__dataclass_fields__[name].default, name,
+               "left out with image_conditioning=false, which reads no image embeddings") for name in OF_IMAGES),
             (not lora or not in_pixels, "lora", "null in pixel space, whose networks no pipeline puts adapters into"),
             (not lora or self.init != "scratch", "init",
              "the folder or repository of a pipeline with lora: adapters are trained for a model that there is"),
@@ -371,8 +381,8 @@ class LdmConfig(RunConfig):
             )),
             (0 <= self.caption_dropout < 1, "caption_dropout", "in [0, 1)"),
             (0 <= self.image_embedding_dropout <= 1, "image_embedding_dropout", "in [0, 1]"),
-            (0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout), "joint_dropout",
-             "at most caption_dropout and image_embedding_dropout"),
+            (text_only or 0 <= self.joint_dropout <= min(self.caption_dropout, self.image_embedding_dropout),
+             "joint_dropout", "at most caption_dropout and image_embedding_dropout"),
             (self.num_train_timesteps > 0, "num_train_timesteps", "> 0"),
             (simple or self.num_train_timesteps > 1, "num_train_timesteps", f"> 1 with objective={self.objective}"),
             (0 <= self.max_noise_level < NOISE_LEVELS, "max_noise_level", f"in [0, {NOISE_LEVELS})"),

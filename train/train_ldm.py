@@ -3,7 +3,8 @@
     accelerate launch train/train_ldm.py --config configs/shapes/ldm.yaml [--resume] [key=value …]
 
 Rombach et al. 2022 with the decoder's conditions of Ramesh et al. 2022, §2.1, as Stable unCLIP joins them. Leaves
-`<output_dir>/model/{unet,scheduler,image_normalizer,image_noising_scheduler}`.
+`<output_dir>/model/{unet,scheduler,image_normalizer,image_noising_scheduler}`. With `image_conditioning=false`
+(configs/shapes/ldm_text.yaml) c is the caption tokens alone, there is no prior, and the last two are not left.
 
 With `autoencoder=none` (configs/digits/ldm.yaml) it is DDPM in pixel space, without a condition or with the caption as
 a class (Ho et al. 2020; Ho & Salimans 2022). Leaves in `<output_dir>/model` what stock DDPMPipeline and, where the
@@ -17,7 +18,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -44,7 +44,7 @@ from ldm.diffusion.embedding_noise import noised_embedding
 from ldm.diffusion.objective import dropped, min_snr_weight, squared_error, timesteps
 from ldm.diffusion.process import prediction_target, q_sample
 from ldm.diffusion.schedule import alphas_bar
-from ldm.diffusion.size_condition import size_condition, unet_arguments
+from ldm.diffusion.size_condition import size_condition
 from ldm.diffusion.variational_bound import (
     bound_term,
     discretised_log_likelihood,
@@ -63,9 +63,9 @@ from ldm.training.task import (
     solver,
     try_step,
     validation_losses,
-    warn_of_another_process,
 )
 from ldm.training.tracking import Tracker
+from ldm.training.unet import build_unet, open_unet
 from pipelines import LatentDiffusionPipeline, LatentDiffusionVariationPipeline
 from pipelines.arguments import parse_training_arguments
 
@@ -233,7 +233,8 @@ def losses(
 
 
 def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
-    """Cached latents; the U-Net attends to caption tokens and adds the image embedding to that of the time."""
+    """Cached latents; the U-Net attends to caption tokens and, where so configured, adds the image embedding to that of
+    the time."""
     configuration.check_arguments("model", config.model, UNet2DConditionModel)
     vae_folder = run.component_folder(config.autoencoder, "autoencoder", "vae")
     clip = run.clip_parts(config.clip, "clip")
@@ -241,30 +242,13 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     validation = None
     if config.validation_cache is not None:
         validation = CachedLatents(Path(config.validation_cache), config.seed, vae_folder, clip)
-    prior_folder = run.component_folder(config.prior, "prior", "prior") if config.sample_prompts else None
+    prior_folder = None
+    if config.sample_prompts and config.image_conditioning:
+        prior_folder = run.component_folder(config.prior, "prior", "prior")
     text_config = CLIPTextConfig.from_pretrained(clip.text_encoder)
     embedding_dim = text_config.projection_dim
-    if config.init == "scratch":
-        unet = build_unet(config, data.latent_shape, text_config.hidden_size, embedding_dim)
-    else:
-        unet_folder = run.component_folder(config.init, "init", "unet")
-        warn_of_another_process(config, unet_folder)
-        unet = UNet2DConditionModel.from_pretrained(unet_folder)
-        run.check_fits(
-            "init",
-            config.init,
-            "U-Net",
-            unet.config,
-            in_channels=data.latent_shape[0],
-            cross_attention_dim=text_config.hidden_size,
-            projection_class_embeddings_input_dim=2 * embedding_dim,
-        )
-        if (unet.config.addition_embed_type == "text_time") != config.size_conditioning:
-            raise UserError(
-                f"init {config.init}: its U-Net was trained with size_conditioning={not config.size_conditioning}; "
-                "set it alike"
-            )
-        run.check_agrees(config.init, "U-Net", unet.config, model_arguments(config, embedding_dim))
+    made = build_unet if config.init == "scratch" else open_unet
+    unet = made(config, data.latent_shape, text_config.hidden_size, embedding_dim)
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     odd = [shape for shape in data.latent_shapes if shape[1] % factor or shape[2] % factor]
     if len(data.latent_shapes) > 1 and odd:
@@ -274,34 +258,40 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
         )
 
     # Schedules: of the latents, and of the noise on image embeddings; what sampling needs is saved with the U-Net
-    mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
-    embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device, precision.finest(device))
     no_caption_states = data.no_text()["hidden_states"].to(device)
-    parts = {
-        "scheduler": solver(config),
-        "image_noising_scheduler": DDPMScheduler(num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2"),
-        "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim),
-    }
-    parts["image_normalizer"].mean.data.copy_(mean[None])
-    parts["image_normalizer"].std.data.copy_(std[None])
+    parts = {"scheduler": solver(config)}
+    if config.image_conditioning:
+        mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
+        embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device, precision.finest(device))
+        parts["image_noising_scheduler"] = DDPMScheduler(
+            num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2"
+        )
+        parts["image_normalizer"] = StableUnCLIPImageNormalizer(embedding_dim)
+        parts["image_normalizer"].mean.data.copy_(mean[None])
+        parts["image_normalizer"].std.data.copy_(std[None])
 
     def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
         """Caption tokens and noised image embedding; a dropped embedding is all zeros, as stock pipelines have it."""
-        embedding_noise = torch.randn(share.batch_size, embedding_dim, generator=draw)
-        draws = torch.rand(2, share.batch_size, generator=draw)
-        level = timesteps(draws[0], config.max_noise_level + 1, "uniform")
-        no_caption, no_image = dropped(
-            draws[1], config.caption_dropout, config.image_embedding_dropout, config.joint_dropout
-        )
-        embedding_noise, level, no_caption, no_image = (
-            values[part].to(device) for values in (embedding_noise, level, no_caption, no_image)
-        )
-        tokens = torch.where(no_caption[:, None, None], no_caption_states, batch["hidden_states"].to(device))
-        embeds = batch["image_embeds"].to(device)
-        condition = noised_embedding(embeds, mean, std, level, embedding_alpha_bar, embedding_noise)
-        told = {"encoder_hidden_states": tokens, "class_labels": condition.masked_fill(no_image[:, None], 0.0)}
+        told = {}
+        if config.image_conditioning:
+            embedding_noise = torch.randn(share.batch_size, embedding_dim, generator=draw)
+            draws = torch.rand(2, share.batch_size, generator=draw)
+            level = timesteps(draws[0], config.max_noise_level + 1, "uniform")
+            no_caption, no_image = dropped(
+                draws[1], config.caption_dropout, config.image_embedding_dropout, config.joint_dropout
+            )
+            embedding_noise, level, no_image = (
+                values[part].to(device) for values in (embedding_noise, level, no_image)
+            )
+            embeds = batch["image_embeds"].to(device)
+            condition = noised_embedding(embeds, mean, std, level, embedding_alpha_bar, embedding_noise)
+            told["class_labels"] = condition.masked_fill(no_image[:, None], 0.0)
+        else:
+            no_caption, _ = dropped(torch.rand(share.batch_size, generator=draw), config.caption_dropout, 0.0, 0.0)
+        no_caption = no_caption[part].to(device)[:, None, None]
+        told["encoder_hidden_states"] = torch.where(no_caption, no_caption_states, batch["hidden_states"].to(device))
         if config.size_conditioning:
-            widths = 2 * embedding_dim, unet.config.addition_time_embed_dim
+            widths = unet.config.projection_class_embeddings_input_dim, unet.config.addition_time_embed_dim
             told["added_cond_kwargs"] = size_condition(batch["sizes"].to(device), *widths)
         return told
 
@@ -349,36 +339,19 @@ def opened_pipeline(
     return pipeline, lambda images: reader.embed_images("images", (images + 1) / 2)
 
 
-def build_unet(
-    config: LdmConfig, latent_shape: tuple[int, int, int], text_width: int, embedding_dim: int
-) -> UNet2DConditionModel:
-    """The U-Net of `config.model`, with the shapes that follow from the other stages."""
-    sizes = {
-        "sample_size": latent_shape[1],
-        "in_channels": latent_shape[0],
-        "out_channels": latent_shape[0],
-        "cross_attention_dim": text_width,
-        "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2 * embedding_dim,
-    }
-    return configuration.built("model", UNet2DConditionModel, model_arguments(config, embedding_dim), sizes)
-
-
-def model_arguments(config: LdmConfig, embedding_dim: int) -> dict[str, Any]:
-    """`config.model`, and what tells the U-Net sizes where it is told them."""
-    return {**config.model, **unet_arguments(2 * embedding_dim)} if config.size_conditioning else config.model
-
-
 def samples(
-    config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae: Path, clip: ClipParts, prior: Path
+    config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae: Path, clip: ClipParts, prior: Path | None
 ) -> torch.Tensor:
     """One image (3, S, S) in [-1, 1] of each of `sample_prompts`, from text alone; the same noise at every call."""
     towers = export.load(clip)
+    if prior is not None:
+        parts = parts | {
+            "prior_tokenizer": towers.tokenizer,
+            "prior_text_encoder": towers.text_encoder,
+            "prior": PriorTransformer.from_pretrained(prior),
+            "prior_scheduler": DDPMScheduler.from_pretrained(prior.parent / "prior_scheduler"),
+        }
     pipeline = LatentDiffusionPipeline(
-        prior_tokenizer=towers.tokenizer,
-        prior_text_encoder=towers.text_encoder,
-        prior=PriorTransformer.from_pretrained(prior),
-        prior_scheduler=DDPMScheduler.from_pretrained(prior.parent / "prior_scheduler"),
         tokenizer=towers.tokenizer,
         text_encoder=export.text_tower(towers.text_encoder),
         unet=unet,

@@ -12,11 +12,14 @@ from torch import Tensor
 
 NUMBERS = 6
 WIDEST = 256  # of a number's embedding, Stable Diffusion XL's
+OWN_WIDTH = NUMBERS * WIDEST
+"""Of the condition, where the U-Net has no class embedding to share its width with."""
 
 
 def unet_arguments(input_dim: int) -> dict[str, Any]:
     """Arguments of UNet2DConditionModel. Its `projection_class_embeddings_input_dim`, `input_dim`, is the width of the
-    class embedding and of this condition alike, so six even widths have to fit; zeros fill the rest."""
+    class embedding, where it has one, and of this condition alike, so six even widths have to fit; zeros fill the rest.
+    """
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": min(WIDEST, input_dim // NUMBERS // 2 * 2),

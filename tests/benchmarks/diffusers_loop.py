@@ -22,8 +22,8 @@ from transformers import CLIPTextModelWithProjection
 from ldm import configuration
 from ldm.config import LdmConfig
 from ldm.errors import exit_code_of
+from ldm.training.unet import build_unet
 from pipelines.arguments import ArgumentParser
-from train.train_ldm import build_unet
 
 
 def main() -> None:

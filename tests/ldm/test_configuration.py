@@ -14,6 +14,7 @@ KINDS = {
     "clip": ClipConfig,
     "prior": PriorConfig,
     "ldm": LdmConfig,
+    "ldm_text": LdmConfig,
     "cache": CacheConfig,
     **dict.fromkeys(("plain", "denoising", "sparse", "k_sparse", "variational"), AutoencoderConfig),
 }
@@ -87,6 +88,24 @@ def test_noise_on_image_embeddings_has_levels_of_its_own():
 def test_options_of_autoencoders_that_would_do_nothing_or_harm(name, override, allowed):
     with pytest.raises(UserError, match=f"{override.split('=')[0]} must be {allowed}, got "):
         configuration.load(AutoencoderConfig, ROOT / f"configs/{name}.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["prior=runs/shapes/prior", "image_embedding_dropout=0.2", "joint_dropout=0.1", "max_noise_level=999",
+     "sample_prior_guidance_scale=4"],
+)  # fmt: skip
+def test_what_would_do_nothing_where_captions_alone_guide(override):
+    text_only = ROOT / "configs/shapes/ldm_text.yaml"
+    with pytest.raises(UserError, match=f"{override.split('=')[0]} must be left out with image_conditioning=false"):
+        configuration.load(LdmConfig, text_only, [override])
+    assert configuration.load(LdmConfig, text_only, ["caption_dropout=0.01"]).caption_dropout == 0.01
+
+
+@pytest.mark.parametrize("path", ["lora.yaml", "digits/ldm.yaml"])
+def test_captions_alone_are_no_choice_of_adapters_and_pixels(path):
+    with pytest.raises(UserError, match="image_conditioning must be left out in pixel space"):
+        configuration.load(LdmConfig, ROOT / "configs" / path, ["image_conditioning=false"])
 
 
 def test_views_that_are_told_apart_must_differ():

@@ -59,6 +59,7 @@ SMALL = {
         "training.batch_size=8",
     ],
 }
+SMALL["ldm_text"] = SMALL["ldm"]
 """Overrides of `configs/shapes` that make every stage a matter of a second."""
 
 READS = {
@@ -67,6 +68,7 @@ READS = {
     "cache": ["clip", "autoencoder"],
     "prior": ["clip", "cache"],
     "ldm": ["clip", "autoencoder", "cache", "prior"],
+    "ldm_text": ["clip", "autoencoder", "cache"],
 }
 
 
@@ -78,7 +80,8 @@ def _arguments(stage: str, runs: Path, output: Path, *further: str) -> list[str]
 
 @pytest.fixture(scope="session")
 def arguments_of() -> Callable[..., list[str]]:
-    """(stage, runs, output, *further) -> the command line of a small stage that reads the runs in `runs`."""
+    """(stage, runs, output, *further) -> the command line of a small stage, one of the files in `configs/shapes`, that
+    reads the runs in `runs`."""
     return _arguments
 
 

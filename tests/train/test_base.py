@@ -12,7 +12,7 @@ from ldm.clip import export
 from ldm.clip.model import build
 from ldm.clip.tokenizer import clip_tokenizer
 from ldm.config import AutoencoderConfig, CacheConfig, ClipConfig, LdmConfig, PriorConfig
-from train.train_ldm import build_unet
+from ldm.training.unet import build_unet
 
 BASE = Path(__file__).parents[2] / "configs" / "base"
 
