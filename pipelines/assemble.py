@@ -1,4 +1,4 @@
-"""From the run folders of the four stages to one pipeline folder that stock Diffusers opens."""
+"""From the run folders of the stages to one pipeline folder that stock Diffusers opens."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS, parts_of
+from ldm.clip.parts import IMAGE_ENCODER, PROCESSORS, WHOLE, parts_of
 from ldm.components.configs import SCHEDULERS, read_json
 from ldm.errors import RunError, UserError
 from ldm.files import expanded, make_readable
@@ -19,14 +19,11 @@ COMPONENTS = {
     "autoencoder": {"vae": "AutoencoderKL"},
     "clip": {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"},
     "prior": {"prior": "PriorTransformer", "prior_scheduler": "DDPMScheduler"},
-    "unet": {
-        "unet": "UNet2DConditionModel",
-        "scheduler": "DDIMScheduler",
-        "image_normalizer": "StableUnCLIPImageNormalizer",
-        "image_noising_scheduler": "DDPMScheduler",
-    },
+    "unet": {"unet": "UNet2DConditionModel", "scheduler": "DDIMScheduler"},
 }
 """What each stage gives, with the class of it; of schedulers any that fits."""
+OF_IMAGE_EMBEDDINGS = {"image_normalizer": "StableUnCLIPImageNormalizer", "image_noising_scheduler": "DDPMScheduler"}
+"""The same of a U-Net that image embeddings guide, beside those."""
 
 FLOAT_DTYPES = ("float16", "float32")
 
@@ -34,23 +31,25 @@ FLOAT_DTYPES = ("float16", "float32")
 def assemble(
     autoencoder: str | Path,
     clip: str | Path,
-    prior: str | Path,
+    prior: str | Path | None,
     unet: str | Path,
     output: str | Path,
     dtype: str = "float16",
 ) -> Path:
     """Puts the stages' components together in `output`, weights in `dtype` (float16 or float32). Returns the folder.
 
-    Each stage is a run folder, its `model/` folder, or a pipeline's folder or repository, of which that stage is taken.
-    The pipeline draws with the guidance of the U-Net run's sample grids, or with the settings of the U-Net's pipeline,
-    and computes in float32, whatever the weights are stored in, unless it is opened otherwise. CLIP's image tower is
-    copied beside the components: what reads images, and what a cache of further training is made with; stock pipelines
-    pass over it. Raises `UserError` where a stage is incomplete or does not fit the others, or `output` is in use;
-    nothing is left behind then.
+    Each stage is a run folder, its `model/` folder, or a pipeline's folder or repository, of which that stage is taken;
+    `prior` None for a U-Net of captions alone. The pipeline draws with the guidance of the U-Net run's sample grids, or
+    with the settings of the U-Net's pipeline, and computes in float32, whatever the weights are stored in, unless it is
+    opened otherwise. CLIP's image tower is copied beside the components: what reads images, and what a cache of further
+    training is made with; without a prior all of CLIP is, since no component then has the text tower's projection.
+    Stock pipelines pass over it. Raises `UserError` where a stage is incomplete or does not fit the others, or `output`
+    is in use; nothing is left behind then.
     """
     if dtype not in FLOAT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")
-    stages = run_folders({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet})
+    given = {"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}
+    stages = run_folders({stage: run for stage, run in given.items() if run is not None})
     folders = find_components(stages)
     check_fit(folders)
     output = check_output_folder(output)
@@ -116,53 +115,79 @@ def run_folders(stages: dict[str, str | Path]) -> dict[str, Path]:
 
 
 def find_components(stages: dict[str, Path]) -> dict[str, Path]:
-    """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise."""
+    """Stage to run folder -> component to folder, each whole. Raises `UserError` otherwise, and where there is a prior
+    that the U-Net has no use for, or none that it needs."""
     folders = {}
     for stage, run in stages.items():
-        model = run / "model" if (run / "model").is_dir() else run
-        parts = parts_of(model) if stage == "clip" else None  # in a pipeline's folder they have other names
-        for component, class_name in COMPONENTS[stage].items():
-            folder = model / component if parts is None else getattr(parts, component)
-            if not folder.is_dir():
-                if component == "vae" and (model / "autoencoder" / "config.json").is_file():
-                    kind = read_json(model / "autoencoder" / "config.json").get("_class_name")
-                    raise UserError(
-                        f"{stage} '{run}' holds a {kind}, whose codes are vectors without height and width: it cannot "
-                        "be the latent stage of a text-to-image model; give a run of train_autoencoder.py with kind=kl"
-                    )
-                raise UserError(
-                    f"{stage} '{run}' has no '{component}' in it; give a finished {stage} run "
-                    f"(its model folder holds {', '.join(COMPONENTS[stage])})"
-                )
-            try:
-                check_component(folder, SCHEDULERS if class_name in SCHEDULERS else (class_name,))
-            except UserError as error:
-                raise UserError(f"{stage} '{run}': {error}") from None
-            folders[component] = folder
+        folders |= _find(stage, run, COMPONENTS[stage])
+    if _is_guided_by_images(folders["unet"], stages.get("prior")):
+        folders |= _find("unet", stages["unet"], OF_IMAGE_EMBEDDINGS)
     return folders
+
+
+def _find(stage: str, run: Path, components: dict[str, str]) -> dict[str, Path]:
+    model, folders = run / "model" if (run / "model").is_dir() else run, {}
+    clip = parts_of(model) if stage == "clip" else None  # in a pipeline's folder its parts have other names
+    for component, class_name in components.items():
+        folder = model / component if clip is None else getattr(clip, component)
+        if not folder.is_dir():
+            if component == "vae" and (model / "autoencoder" / "config.json").is_file():
+                kind = read_json(model / "autoencoder" / "config.json").get("_class_name")
+                raise UserError(
+                    f"{stage} '{run}' holds a {kind}, whose codes are vectors without height and width: it cannot "
+                    "be the latent stage of a text-to-image model; give a run of train_autoencoder.py with kind=kl"
+                )
+            raise UserError(
+                f"{stage} '{run}' has no '{component}' in it; give a finished {stage} run "
+                f"(its model folder holds {', '.join(components)})"
+            )
+        try:
+            check_component(folder, SCHEDULERS if class_name in SCHEDULERS else (class_name,))
+        except UserError as error:
+            raise UserError(f"{stage} '{run}': {error}") from None
+        folders[component] = folder
+    return folders
+
+
+def _is_guided_by_images(unet: Path, prior: str | Path | None) -> bool:
+    """Whether image embeddings guide a U-Net. Raises `UserError` unless `prior` makes them where they do, and there
+    alone."""
+    is_guided = read_json(unet / "config.json").get("class_embed_type") is not None
+    if is_guided and prior is None:
+        raise UserError(
+            "--prior is missing: image embeddings guide this U-Net, and a prior makes them of captions; give a run of "
+            "train_prior.py, or train the U-Net with image_conditioning=false"
+        )
+    if prior is not None and not is_guided:
+        raise UserError(
+            f"--prior '{prior}': captions alone guide this U-Net, whose class_embed_type is None; leave it out, or "
+            "train the U-Net with image_conditioning=true"
+        )
+    return is_guided
 
 
 def check_fit(folders: dict[str, Path]) -> None:
     """Raises `UserError` at the first pair of sizes, one of each of two stages, that should be equal and are not."""
-    vae, text, prior, unet, normalizer = (
-        read_json(folders[name] / "config.json")
-        for name in ("vae", "text_encoder", "prior", "unet", "image_normalizer")
-    )
+    vae, text, unet = (read_json(folders[name] / "config.json") for name in ("vae", "text_encoder", "unet"))
     tokenizer = read_json(folders["tokenizer"] / "tokenizer_config.json")
     embedding, width = text.get("projection_dim"), text.get("hidden_size")
     length = text.get("max_position_embeddings")
-    read_by_prior = prior.get("embedding_dim")
 
     def equal(left: str, left_value: object, right: str, right_value: object, remedy: str) -> None:
         if left_value != right_value:
             raise UserError(f"{left} is {left_value}, but {right} is {right_value}; {remedy}")
 
     retrain_unet = "train the U-Net with this autoencoder and CLIP"
-    retrain_prior = "train the prior with this CLIP"
     autoencoder_latents = vae.get("latent_channels")
     equal("the U-Net's in_channels", unet.get("in_channels"), "the autoencoder's latent_channels", autoencoder_latents,
           retrain_unet)  # fmt: skip
     equal("the U-Net's cross_attention_dim", unet.get("cross_attention_dim"), "CLIP's text width", width, retrain_unet)
+    equal("the tokenizer's model_max_length", tokenizer.get("model_max_length"), "CLIP's context length", length,
+          "export CLIP again")  # fmt: skip
+    if "prior" not in folders:
+        return
+    prior, normalizer = (read_json(folders[name] / "config.json") for name in ("prior", "image_normalizer"))
+    read_by_prior, retrain_prior = prior.get("embedding_dim"), "train the prior with this CLIP"
     equal("the U-Net's class_embed_type", unet.get("class_embed_type"), "the pipeline's", "projection",
           "train the U-Net with image embeddings")  # fmt: skip
     equal("the U-Net's projection_class_embeddings_input_dim", unet.get("projection_class_embeddings_input_dim"),
@@ -175,8 +200,6 @@ def check_fit(folders: dict[str, Path]) -> None:
     equal("the prior's embedding_dim", read_by_prior, "CLIP's text width", width,
           "the prior reads both through one size: train CLIP with equal ones")  # fmt: skip
     equal("the prior's num_embeddings", prior.get("num_embeddings"), "CLIP's context length", length, retrain_prior)
-    equal("the tokenizer's model_max_length", tokenizer.get("model_max_length"), "CLIP's context length", length,
-          "export CLIP again")  # fmt: skip
 
 
 def _settings(run: Path) -> dict[str, float]:
@@ -212,25 +235,34 @@ def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings:
     tokenizer = CLIPTokenizer.from_pretrained(folders["tokenizer"])
     with_projection = CLIPTextModelWithProjection.from_pretrained(folders["text_encoder"], dtype=torch.float32)
 
-    pipeline = LatentDiffusionPipeline(
-        vae=model(AutoencoderKL, "vae"),
-        text_encoder=text_tower(with_projection),
-        tokenizer=tokenizer,
-        unet=model(UNet2DConditionModel, "unet"),
-        scheduler=_scheduler(folders["scheduler"]),
-        prior_tokenizer=tokenizer,
-        prior_text_encoder=with_projection,
-        prior=model(PriorTransformer, "prior"),
-        prior_scheduler=_skipping(_scheduler(folders["prior_scheduler"])),
-        image_normalizer=model(StableUnCLIPImageNormalizer, "image_normalizer"),
-        image_noising_scheduler=_scheduler(folders["image_noising_scheduler"]),
-    )
+    parts = {
+        "vae": model(AutoencoderKL, "vae"),
+        "text_encoder": text_tower(with_projection),
+        "tokenizer": tokenizer,
+        "unet": model(UNet2DConditionModel, "unet"),
+        "scheduler": _scheduler(folders["scheduler"]),
+    }
+    if "prior" in folders:
+        parts |= {
+            "prior_tokenizer": tokenizer,
+            "prior_text_encoder": with_projection,
+            "prior": model(PriorTransformer, "prior"),
+            "prior_scheduler": _skipping(_scheduler(folders["prior_scheduler"])),
+            "image_normalizer": model(StableUnCLIPImageNormalizer, "image_normalizer"),
+            "image_noising_scheduler": _scheduler(folders["image_noising_scheduler"]),
+        }
+    else:
+        _take_as_stock_does(parts["scheduler"])
+    pipeline = LatentDiffusionPipeline(**parts)
     pipeline.default_settings = settings
     pipeline.save_pretrained(output)
-    parts = parts_of(folders["text_encoder"].parent)
-    for name, source in ((IMAGE_ENCODER, parts.image_encoder), (PROCESSORS[0], parts.image_processor)):
+    clip = parts_of(folders["text_encoder"].parent)
+    beside, kept = output, {IMAGE_ENCODER: clip.image_encoder, PROCESSORS[0]: clip.image_processor}
+    if "prior" not in folders:
+        beside, kept = output / WHOLE, {"text_encoder": clip.text_encoder, "tokenizer": clip.tokenizer, **kept}
+    for name, source in kept.items():
         if source is not None:
-            shutil.copytree(source, output / name)
+            shutil.copytree(source, beside / name)
     _forget_paths(output)
     # Only the files are converted. The text towers' configs keep saying float32, since Transformers computes in what
     # its config says and Diffusers in float32: stock would mix the two.
@@ -288,6 +320,14 @@ def _skipping(scheduler):
     from diffusers import DDPMScheduler, UnCLIPScheduler
 
     return DDPMScheduler.from_config(scheduler.config) if isinstance(scheduler, UnCLIPScheduler) else scheduler
+
+
+def _take_as_stock_does(scheduler) -> None:
+    """Sets what StableDiffusionPipeline sets, with a warning, in any scheduler that says otherwise, so that ours draws
+    what that draws."""
+    for name, value in (("steps_offset", 1), ("clip_sample", False)):
+        if name in scheduler.config:
+            scheduler.register_to_config(**{name: value})
 
 
 def _convert(file: Path, dtype) -> None:

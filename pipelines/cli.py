@@ -89,14 +89,16 @@ def _parser() -> ArgumentParser:
     drawing.add_argument("--mask", metavar="FILE", help="white where --image is drawn anew, at strength 1 by default")
     drawing.set_defaults(command=generate)
 
-    joining = commands.add_parser("assemble", help="put four trained stages together in one folder")
+    joining = commands.add_parser("assemble", help="put trained stages together in one folder")
     for stage, what in (
         ("autoencoder", "train_autoencoder.py"),
         ("clip", "train_clip.py"),
-        ("prior", "train_prior.py"),
+        ("prior", "train_prior.py; none where the U-Net was trained with image_conditioning=false"),
         ("unet", "train_ldm.py"),
     ):
-        joining.add_argument(f"--{stage}", metavar="RUN", required=True, help=f"run folder of {what}, or a pipeline")
+        joining.add_argument(
+            f"--{stage}", metavar="RUN", required=stage != "prior", help=f"run folder of {what}, or a pipeline"
+        )
     joining.add_argument("--output", metavar="FOLDER", required=True, help="a new folder")
     joining.set_defaults(command=join)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ldm.clip.parts import WHOLE
 from ldm.components.configs import read_json
 from ldm.errors import RunError, UserError
 from ldm.hub import INDEX
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 CARD = "README.md"
-BESIDE = (CARD, GRID, REPORT, TRAINING, "knows.json", "LICENSE", "image_encoder", "image_processor")
+BESIDE = (CARD, GRID, REPORT, TRAINING, "knows.json", "LICENSE", "image_encoder", "image_processor", WHOLE)
 """What a model's folder may hold beside the components, and keeps when it is published."""
 SAMPLE_PROMPTS = 16  # at most, in the grid
 

@@ -1,5 +1,5 @@
-"""CLIP as a judge: a model's own, whose image tower lies beside the pipeline's components, or one that was trained or
-exported."""
+"""CLIP as a judge: a model's own, of which the image tower, or all, lies beside the pipeline's components, or one that
+was trained or exported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ class Clip:
     """Both towers, which embed images and captions as vectors of one size, not normalised."""
 
     def __init__(self, folder: Path, name: str, device: torch.device):
-        self.images, self.device = replace(open_features(folder, device), name=name), device
         parts = parts_of(folder)
+        self.images, self.device = replace(open_features(parts.image_encoder.parent, device), name=name), device
         hub.check_finite(hub.check_component(parts.text_encoder, (WITH_PROJECTION,)))
         texts = CLIPTextModelWithProjection.from_pretrained(parts.text_encoder, dtype=torch.float32)
         self.texts = texts.to(device).eval()

@@ -65,6 +65,8 @@ class TextToImage:
         self.pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.settings, self.device = self.pipe.default_settings | given, device
+        if self.pipe.prior is None:  # the others are of image embeddings, of which it knows none
+            self.settings = {n: value for n, value in self.settings.items() if "prior" not in n and n != "noise_level"}
         self.scheduler, self.knows_captions = self.pipe.scheduler, True
         height, width = self.pipe._image_size(None, None)
         if height != width:
