@@ -100,6 +100,8 @@ class LatentDiffusionFromImages(LatentDiffusionDrawing):
 
     def embed_images(self, name: str, image: Pictures) -> Tensor:
         """Images -> CLIP image embeddings (N, D), not normalised: what the prior samples."""
+        if self.unet.config.class_embed_type is None:
+            raise UserError(f"{name}: captions alone guide this model's U-Net; take one that image embeddings guide")
         if self.image_encoder is None or self.feature_extractor is None:
             raise UserError(
                 f"{name} is read by CLIP's image tower, which this model lacks: open a folder that holds "

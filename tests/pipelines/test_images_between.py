@@ -54,6 +54,11 @@ def test_images_of_every_kind_are_read_alike(family, photos):
         torch.testing.assert_close(pipe.embed_images("image", kind), expected)
 
 
+def test_an_image_tower_that_is_absent_is_told_of(pipe, photos):
+    with pytest.raises(UserError, match="image tower, which this model lacks"):
+        LatentDiffusionVariationPipeline.from_pipe(pipe)(photos[0])
+
+
 def test_the_priors_embeddings_make_what_text_to_image_draws(family, vary):
     prior, text_to_image = family["LatentDiffusionPriorPipeline"], family["LatentDiffusionPipeline"]
     generator = seeded()
