@@ -271,7 +271,8 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
         parts["image_normalizer"].std.data.copy_(std[None])
 
     def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
-        """Caption tokens and noised image embedding; a dropped embedding is all zeros, as stock pipelines have it."""
+        """Caption tokens and, where so configured, noised image embeddings; a dropped one is all zeros, as stock
+        pipelines have it."""
         told = {}
         if config.image_conditioning:
             embedding_noise = torch.randn(share.batch_size, embedding_dim, generator=draw)

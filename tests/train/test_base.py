@@ -54,6 +54,13 @@ def test_unet_is_that_of_stable_diffusion_2_1_unclip():
     assert parameters(unet) == 865_910_724 + class_embedding == 870_173_124
 
 
+def test_without_image_embeddings_it_is_stable_diffusion_2_1s():
+    text_only = ["image_conditioning=false", "prior=null", "max_noise_level=0"]
+    config = configuration.load(LdmConfig, BASE / "ldm.yaml", text_only)
+    with torch.device("meta"):
+        assert parameters(build_unet(config, (4, 32, 32), text_width=1024, embedding_dim=512)) == 865_910_724
+
+
 def test_prior_has_a_billion_parameters_as_dall_e_2s():
     config = configuration.load(PriorConfig, BASE / "prior.yaml")
     with torch.device("meta"):
