@@ -48,8 +48,7 @@ def assemble(
     """
     if dtype not in FLOAT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")
-    given = {"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet}
-    stages = run_folders({stage: run for stage, run in given.items() if run is not None})
+    stages = run_folders({"autoencoder": autoencoder, "clip": clip, "prior": prior, "unet": unet})
     folders = find_components(stages)
     check_fit(folders)
     output = check_output_folder(output)
@@ -98,10 +97,12 @@ def check_can_be_made(output: Path) -> Path:
     return output
 
 
-def run_folders(stages: dict[str, str | Path]) -> dict[str, Path]:
-    """Stage to run -> stage to folder on this machine. Raises `UserError` where there is none."""
+def run_folders(stages: dict[str, str | Path | None]) -> dict[str, Path]:
+    """Stage to run -> stage to folder on this machine, without those that are None. Raises `UserError` where there is
+    none."""
     folders: dict[str | Path, Path] = {}
-    for stage, name in stages.items():
+    given = {stage: name for stage, name in stages.items() if name is not None}
+    for stage, name in given.items():
         folder = folders.get(name, expanded(name))
         if not folder.exists() and is_repository_name(name):
             try:
@@ -111,7 +112,7 @@ def run_folders(stages: dict[str, str | Path]) -> dict[str, Path]:
         if not folder.is_dir():
             raise UserError(f"{stage} '{name}' is not a folder; give the output_dir of a finished {stage} run")
         folders[name] = folder
-    return {stage: folders[name] for stage, name in stages.items()}
+    return {stage: folders[name] for stage, name in given.items()}
 
 
 def find_components(stages: dict[str, Path]) -> dict[str, Path]:

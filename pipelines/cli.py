@@ -210,7 +210,7 @@ def join(arguments: argparse.Namespace) -> None:
     check_fit(find_components(stages))  # as assemble does: before the libraries that be_quiet imports
     check_output_folder(arguments.output)
     be_quiet()
-    print(assemble(**stages, output=arguments.output))
+    print(assemble(**{"prior": None} | stages, output=arguments.output))
 
 
 def export_clip(arguments: argparse.Namespace) -> None:

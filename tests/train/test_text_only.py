@@ -79,7 +79,7 @@ def test_stock_diffusers_opens_the_folder_and_draws_the_same(model):
 def test_the_whole_clip_lies_beside(model):
     """And is what `clip=` finds in the folder."""
     pipe = LatentDiffusionPipeline.from_pretrained(model)
-    clip = export.load(run.component_folder(str(model), "clip", "text_encoder").parent)
+    clip = export.load(run.clip_parts(str(model), "clip", images=True))
     ids = pipe.tokenizer("a red circle", return_tensors="pt").input_ids
     told = clip.text_encoder(ids)
     assert torch.equal(told.last_hidden_state, pipe.text_encoder(ids).last_hidden_state)
