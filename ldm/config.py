@@ -156,14 +156,10 @@ class ClipConfig(RunConfig):
     """Least share of an image's area kept by a random resized crop; 1 crops nothing."""
     colour_jitter: float = 0.0
     """Largest relative change of brightness and contrast."""
-    equal_captions: str = "negatives"
-    """What images of one batch with the same caption are to it, but for its own: `negatives` (Radford et al. 2021), or
-    `positives`, for captions made of few labels (UniCL, Yang et al. 2022). Images without one are in no pair."""
     image_image_weight: float = 0.0
     """Weight of SLIP's contrast between two augmented views of an image (Mu et al. 2021)."""
 
     def __post_init__(self):
-        choose("equal_captions", self.equal_captions, ("negatives", "positives"))
         require(self.context_length > 2, "context_length", self.context_length, "> 2")
         require(0 < self.random_crop <= 1, "random_crop", self.random_crop, "in (0, 1]")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "in [0, 1)")

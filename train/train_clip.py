@@ -18,8 +18,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ldm import configuration
 from ldm.clip import augment, export
-from ldm.clip.contrastive import NO_CAPTION, caption_groups, each_its_own, grouped_loss
-from ldm.clip.model import build, clamp_temperature, retrieval_at_1
+from ldm.clip.model import build, captioned_loss, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
 from ldm.clip.tokenizer import clip_tokenizer, encode, lengths, train_tokenizer
 from ldm.config import ClipConfig
@@ -127,12 +126,13 @@ def main() -> None:
             images = augment.augment(images, draws[0], **augmentation)
 
         image, text, scale, projected = wrapped(images.to(accelerator.device), input_ids, second_views)
-        groups = accelerator.gather(caption_groups(batch["captions"]).to(accelerator.device))
-        if config.equal_captions == "negatives" and (groups != NO_CAPTION).all():
+        caption_lengths = torch.tensor([len(caption.strip()) for caption in batch["captions"]])
+        captioned = accelerator.gather(caption_lengths.to(accelerator.device)) > 0
+        if captioned.all():
             clip_loss = contrastive_loss(image, text, scale)
         else:
-            groups = groups if config.equal_captions == "positives" else each_its_own(groups)
-            clip_loss = grouped_loss(*contrastive_loss.get_logits(image, text, scale), groups, share.slice(0))
+            logits = contrastive_loss.get_logits(image, text, scale)
+            clip_loss = captioned_loss(*logits, captioned, share.slice(0))
         loss = clip_loss
         if projected is not None:
             if accelerator.num_processes > 1:  # every view of the global batch is told from all others

@@ -4,6 +4,7 @@ import math
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -63,6 +64,23 @@ def build(
 def clamp_temperature(model: open_clip.CLIP) -> None:
     """Keeps the factor on the cosines in [1, 100], after every step."""
     model.logit_scale.clamp_(0, LARGEST_SCALE)
+
+
+def captioned_loss(image_logits: Tensor, text_logits: Tensor, captioned: Tensor, own: slice) -> Tensor:
+    """CLIP's loss (Radford et al. 2021, §2.3) over images with a caption alone; where all have one, open_clip's.
+
+    Equal captions need no care: with them as positives (UniCL, Yang et al. 2022, §3.2) the loss is the same, as their
+    texts' embeddings are.
+
+    Scaled cosines of the images of this process with all texts, and of its texts with all images, (b, B); captioned
+    (B,) bool, of which those of this process are `own`. The mean over processes is the loss of the whole batch.
+    """
+    pairs = torch.arange(len(captioned), device=captioned.device)[own]
+    total = 0
+    for logits in (image_logits, text_logits):
+        logits = logits.masked_fill(~captioned, torch.finfo(logits.dtype).min)
+        total = total + F.cross_entropy(logits, pairs, reduction="none")[captioned[own]].sum() / 2
+    return total / captioned.sum().clamp(min=1) * (len(captioned) / len(pairs))
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, caption_ids: Tensor) -> tuple[float, float]:

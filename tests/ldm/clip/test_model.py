@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip import ClipLoss
 
-from ldm.clip.model import build, clamp_temperature, retrieval_at_1
+from ldm.clip.model import build, captioned_loss, clamp_temperature, retrieval_at_1
 from ldm.clip.slip import Slip, image_image_loss
 from ldm.errors import UserError
 
@@ -53,6 +54,46 @@ def test_retrieval_counts_the_nearest_and_equal_captions_as_right():
     swapped = image[[1, 0, 2, 3]]
     assert retrieval_at_1(image, swapped, numbers) == (0.5, 0.5)
     assert retrieval_at_1(image, swapped, torch.tensor([7, 7, 2, 3])) == (1.0, 1.0)
+
+
+def in_pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-length embeddings of images and texts."""
+    draw = torch.Generator().manual_seed(0)
+    return F.normalize(torch.randn(2, count, 8, dtype=torch.float64, generator=draw), dim=-1).unbind()
+
+
+def loss_of(image, text, captioned, own=slice(None), scale=5.0):
+    return captioned_loss(scale * image[own] @ text.T, scale * text[own] @ image.T, torch.tensor(captioned), own)
+
+
+def test_images_without_a_caption_are_as_if_they_were_not_there():
+    image, text = (part.requires_grad_() for part in in_pairs(6))
+    kept, captioned = [0, 1, 4], [True, True, False, False, True, False]
+    assert loss_of(image, text, [True] * 6).item() == pytest.approx(ClipLoss()(image, text, 5.0).item(), rel=1e-12)
+    loss = loss_of(image, text, captioned)
+    assert loss.item() == pytest.approx(ClipLoss()(image[kept], text[kept], 5.0).item(), rel=1e-12)
+    parts = [loss_of(image, text, captioned, slice(first, first + 2)).item() for first in (0, 2, 4)]  # of processes
+    assert sum(parts) / 3 == pytest.approx(loss.item(), rel=1e-12)
+    loss.backward()
+    assert image.grad[kept].abs().min() > 0 and image.grad[[2, 3, 5]].abs().max() == 0
+    nothing = loss_of(image, text, [False] * 6)
+    assert nothing.item() == 0 and nothing.requires_grad
+
+
+def test_equal_captions_as_positives_would_change_nothing():
+    """Yang et al.'s loss written out, of texts that are embedded alike where they are equal, and its gradient."""
+    groups = torch.tensor([0, 1, 0, 2, 0])
+    image, of_group = (part.requires_grad_() for part in in_pairs(5))
+    text = of_group[groups]
+    shares = (groups[:, None] == groups).double()
+    shares /= shares.sum(dim=1, keepdim=True)
+    directions = (5.0 * image @ text.T, 5.0 * text @ image.T)
+    unified = -sum((shares * logits.log_softmax(dim=1)).sum() for logits in directions) / (2 * len(groups))
+    plain = ClipLoss()(image, text, 5.0)
+    assert unified.item() == pytest.approx(plain.item(), rel=1e-12)
+    for one, other in zip(*(torch.autograd.grad(loss, (image, of_group), retain_graph=True)
+                            for loss in (unified, plain)), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
 def test_slip_embeds_as_clip_does_and_projects_both_views():
