@@ -128,11 +128,7 @@ def main() -> None:
         image, text, scale, projected = wrapped(images.to(accelerator.device), input_ids, second_views)
         caption_lengths = torch.tensor([len(caption.strip()) for caption in batch["captions"]])
         captioned = accelerator.gather(caption_lengths.to(accelerator.device)) > 0
-        if captioned.all():
-            clip_loss = contrastive_loss(image, text, scale)
-        else:
-            logits = contrastive_loss.get_logits(image, text, scale)
-            clip_loss = captioned_loss(*logits, captioned, share.slice(0))
+        clip_loss = captioned_loss(*contrastive_loss.get_logits(image, text, scale), captioned, share.slice(0))
         loss = clip_loss
         if projected is not None:
             if accelerator.num_processes > 1:  # every view of the global batch is told from all others

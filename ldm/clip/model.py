@@ -11,6 +11,8 @@ from ldm.errors import UserError
 
 LARGEST_SCALE = math.log(100)
 """Largest logit scale: a temperature of 0.01 (Radford et al. 2021, §2.5)."""
+IGNORED = -100
+"""The target of what cross entropy passes over."""
 
 
 def build(
@@ -67,7 +69,8 @@ def clamp_temperature(model: open_clip.CLIP) -> None:
 
 
 def captioned_loss(image_logits: Tensor, text_logits: Tensor, captioned: Tensor, own: slice) -> Tensor:
-    """CLIP's loss (Radford et al. 2021, §2.3) over images with a caption alone; where all have one, open_clip's.
+    """CLIP's loss (Radford et al. 2021, §2.3) over images with a caption alone; where all have one, bit for bit
+    open_clip's.
 
     Equal captions need no care: with them as positives (UniCL, Yang et al. 2022, §3.2) the loss is the same, as their
     texts' embeddings are.
@@ -76,11 +79,14 @@ def captioned_loss(image_logits: Tensor, text_logits: Tensor, captioned: Tensor,
     (B,) bool, of which those of this process are `own`. The mean over processes is the loss of the whole batch.
     """
     pairs = torch.arange(len(captioned), device=captioned.device)[own]
-    total = 0
-    for logits in (image_logits, text_logits):
+    of_captioned = torch.where(captioned[own], pairs, IGNORED)
+    count = captioned.sum().clamp(min=1) * (len(pairs) / len(captioned))  # nothing here waits for the device
+
+    def direction(logits: Tensor) -> Tensor:
         logits = logits.masked_fill(~captioned, torch.finfo(logits.dtype).min)
-        total = total + F.cross_entropy(logits, pairs, reduction="none")[captioned[own]].sum() / 2
-    return total / captioned.sum().clamp(min=1) * (len(captioned) / len(pairs))
+        return F.cross_entropy(logits, of_captioned, ignore_index=IGNORED, reduction="sum") / count
+
+    return (direction(image_logits) + direction(text_logits)) / 2
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, caption_ids: Tensor) -> tuple[float, float]:
