@@ -242,9 +242,8 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     validation = None
     if config.validation_cache is not None:
         validation = CachedLatents(Path(config.validation_cache), config.seed, vae_folder, clip)
-    prior_folder = None
     if config.sample_prompts and config.image_conditioning:
-        prior_folder = run.component_folder(config.prior, "prior", "prior")
+        run.component_folder(config.prior, "prior", "prior")
     text_config = CLIPTextConfig.from_pretrained(clip.text_encoder)
     embedding_dim = text_config.projection_dim
     made = build_unet if config.init == "scratch" else open_unet
@@ -302,7 +301,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
             component.save_pretrained(folder / name)
 
     def drawn(unet: nn.Module) -> Tensor | None:
-        return samples(config, unet, parts, vae_folder, clip, prior_folder) if config.sample_prompts else None
+        return samples(config, unet, parts, vae_folder, clip) if config.sample_prompts else None
 
     return Task(data, unet, configured_alpha_bar(config), conditions, drawn, save, validation)
 
@@ -340,12 +339,11 @@ def opened_pipeline(
     return pipeline, lambda images: reader.embed_images("images", (images + 1) / 2)
 
 
-def samples(
-    config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae: Path, clip: ClipParts, prior: Path | None
-) -> torch.Tensor:
+def samples(config: LdmConfig, unet: UNet2DConditionModel, parts: dict, vae: Path, clip: ClipParts) -> torch.Tensor:
     """One image (3, S, S) in [-1, 1] of each of `sample_prompts`, from text alone; the same noise at every call."""
     towers = export.load(clip)
-    if prior is not None:
+    if config.image_conditioning:
+        prior = run.component_folder(config.prior, "prior", "prior")  # again: it may have gone meanwhile
         parts = parts | {
             "prior_tokenizer": towers.tokenizer,
             "prior_text_encoder": towers.text_encoder,
