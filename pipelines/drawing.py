@@ -101,10 +101,8 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
         given = {name: value for name, value in given.items() if value is not None}
         of_prior = {"prior_prompt_embeds": prior_prompt_embeds, "prior_latents": prior_latents}
         for name in (*given, *(name for name, value in of_prior.items() if value is not None)):
-            if "prior" in name and self.prior is None:
-                raise UserError(f"{name}: this model has no prior; leave it out")
-            if name == "noise_level" and self.image_noising_scheduler is None:
-                raise UserError(f"{name}: this model's U-Net reads no image embedding; leave it out")
+            if lack := self.why_unread(name):
+                raise UserError(f"{name}: {lack}; leave it out")
         values = self.default_settings | given
         # The model's own were checked when it took them, but it may have another scheduler since
         check_settings({"num_inference_steps": values["num_inference_steps"], **given}, self._closer_checks())
@@ -137,6 +135,14 @@ class LatentDiffusionDrawing(TakesAdapters, LatentDiffusionBase):
                 "tell; leave it out, or take another scheduler"
             )
         return settings
+
+    def why_unread(self, name: str) -> str | None:
+        """Why nothing in this model reads a setting; None where something does."""
+        if "prior" in name and self.prior is None:
+            return "this model has no prior"
+        if name == "noise_level" and self.image_noising_scheduler is None:
+            return "this model's U-Net reads no image embedding"
+        return None
 
     def _check_channels(self, *further: int) -> None:
         """Raises `UserError` unless the U-Net reads the autoencoder's latents, or so many `further` channels."""

@@ -64,9 +64,8 @@ class TextToImage:
     def __init__(self, folder: Path, device: torch.device, given: dict[str, Any]):
         self.pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.settings, self.device = self.pipe.default_settings | given, device
-        if self.pipe.prior is None:  # the others are of image embeddings, of which it knows none
-            self.settings = {n: value for n, value in self.settings.items() if "prior" not in n and n != "noise_level"}
+        own = {name: value for name, value in self.pipe.default_settings.items() if self.pipe.why_unread(name) is None}
+        self.settings, self.device = own | given, device
         self.scheduler, self.knows_captions = self.pipe.scheduler, True
         height, width = self.pipe._image_size(None, None)
         if height != width:

@@ -59,8 +59,8 @@ SMALL = {
         "training.batch_size=8",
     ],
 }
-SMALL["ldm_text"] = SMALL["ldm"]
 """Overrides of `configs/shapes` that make every stage a matter of a second."""
+SMALL["ldm_text"] = SMALL["ldm"]
 
 READS = {
     "clip": [],
