@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load, load_file
 
 from ldm.clip import export
 from ldm.training import run
@@ -16,6 +17,17 @@ from pipelines import LatentDiffusionPipeline
 from pipelines.card import model_card
 from pipelines.cli import main as ldm_command
 
+COMMIT = "a" * 40
+FROM_THE_HUB = """
+import sys
+from ldm.training import run
+from pipelines import LatentDiffusionPipeline
+
+pipe = LatentDiffusionPipeline.from_pretrained("user/model")
+parts = run.clip_parts("user/model", "clip", images=True)
+assert run.component_folder("user/model", "init", "unet").parents[1] == parts.image_encoder.parents[2]
+pipe.push_to_hub("user/copy")
+"""
 DRAW = {"prompt": "a red circle", "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 
 
@@ -99,6 +111,19 @@ def test_it_is_evaluated_and_described_without_a_prior(model, tmp_path):
     assert not any("prior" in name or name == "noise_level" for name in report["settings"])
     card = model_card(model, "user/model")
     assert "a U-Net guided by it removes noise" in card and "a prior turns" not in card
+
+
+def test_a_repository_is_opened_trained_on_from_and_pushed_whole(model, hub):
+    hub.repositories["user/model"] = {COMMIT: model}
+    result = hub.run(FROM_THE_HUB)
+    assert result.returncode == 0, result.stderr
+    pushed = hub.pushed["user/copy"]
+    weights = {path.relative_to(model).as_posix() for path in model.rglob("*.safetensors")}
+    assert {name for name in pushed if name.endswith(".safetensors")} == weights
+    assert any(name.startswith("clip/") for name in weights)
+    for name in weights:
+        there, here = load(pushed[name]), load_file(model / name)
+        assert there.keys() == here.keys() and all(torch.equal(there[key], here[key]) for key in here), name
 
 
 def test_training_goes_on_from_the_folder_and_from_its_own_kind_alone(

@@ -15,11 +15,12 @@ FURTHER = {
         "training.sample_every=20",
         "model.dropout=0.1",
     ],
+    "ldm_text": ["sample_prompts=[]"],
     "autoencoder": ["adversarial_weight=0"],
     "clip": [],
 }
 HALVES = "training.gradient_accumulation_steps=2"
-LOSS = {"clip": "clip_loss", "autoencoder": "l1", "ldm": "loss"}
+LOSS = {"clip": "clip_loss", "autoencoder": "l1", "ldm": "loss", "ldm_text": "loss"}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -33,12 +34,13 @@ def losses(folder, stage):
     return torch.tensor([line[LOSS[stage]] for line in lines if LOSS[stage] in line], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm"])
+@pytest.mark.parametrize("stage", ["clip", "autoencoder", "ldm", "ldm_text"])
 def test_two_processes_train_what_one_does(runs, arguments_of, run_script, pair, tmp_path, stage):
     """The U-Net in 20 steps, against one process that accumulates over two halves."""
     alone = [*FURTHER[stage], HALVES] if stage == "ldm" else FURTHER[stage]
-    assert run_script(stage, arguments_of(stage, runs, tmp_path / "one", *alone)) == 0
-    pair.run(stage, arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage]))
+    script = stage.removesuffix("_text")
+    assert run_script(script, arguments_of(stage, runs, tmp_path / "one", *alone)) == 0
+    pair.run(script, arguments_of(stage, runs, tmp_path / "two", *FURTHER[stage]))
     last = sorted(path.name for path in tmp_path.glob("one/checkpoints/*"))[-1]
     one, two = (load_file(tmp_path / name / "checkpoints" / last / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
