@@ -26,7 +26,6 @@ from diffusers import (
     PriorTransformer,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextConfig
@@ -65,7 +64,7 @@ from ldm.training.task import (
     validation_losses,
 )
 from ldm.training.tracking import Tracker
-from ldm.training.unet import build_unet, open_unet
+from ldm.training.unet import build_unet, image_normalizer, open_unet
 from pipelines import LatentDiffusionPipeline, LatentDiffusionVariationPipeline
 from pipelines.arguments import parse_training_arguments
 
@@ -260,14 +259,13 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     no_caption_states = data.no_text()["hidden_states"].to(device)
     parts = {"scheduler": solver(config)}
     if config.image_conditioning:
-        mean, std = (statistic.to(device) for statistic in data.embedding_statistics())
+        normalizer = image_normalizer(config, *data.embedding_statistics())
+        mean, std = (statistic.to(device).squeeze(0) for statistic in (normalizer.mean.data, normalizer.std.data))
         embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device, precision.finest(device))
         parts["image_noising_scheduler"] = DDPMScheduler(
             num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2"
         )
-        parts["image_normalizer"] = StableUnCLIPImageNormalizer(embedding_dim)
-        parts["image_normalizer"].mean.data.copy_(mean[None])
-        parts["image_normalizer"].std.data.copy_(std[None])
+        parts["image_normalizer"] = normalizer
 
     def conditions(batch: dict[str, Tensor], draw: torch.Generator, share: Share, part: slice) -> dict[str, Tensor]:
         """Caption tokens and, where so configured, noised image embeddings; a dropped one is all zeros, as stock

@@ -58,14 +58,15 @@ def main() -> None:
     shape = {"embedding_dim": embedding_dim, "num_embeddings": text_config.max_position_embeddings}
     if config.init == "scratch":
         prior = configuration.built("model", PriorTransformer, config.model, shape)
+        # It predicts standardised embeddings; stock pipelines undo that with these two, of which its weights are a
+        # function: a prior that was trained already keeps its own.
+        mean, std = data.embedding_statistics()
+        prior.clip_mean.data.copy_(mean[None])
+        prior.clip_std.data.copy_(std[None])
     else:
         prior = PriorTransformer.from_pretrained(run.component_folder(config.init, "init", "prior"))
         run.check_agrees(config.init, "prior", prior.config, config.model)
         run.check_fits("init", config.init, "prior", prior.config, **shape)
-    # The prior predicts standardised embeddings; stock pipelines undo it with these two parameters.
-    mean, std = data.embedding_statistics()
-    prior.clip_mean.data.copy_(mean[None])
-    prior.clip_std.data.copy_(std[None])
     prior.clip_mean.requires_grad_(False)
     prior.clip_std.requires_grad_(False)
     scheduler = DDPMScheduler(  # not UnCLIPScheduler: stock pipelines never tell it which step comes next
@@ -193,7 +194,7 @@ def cosines(
     return {
         "cosine_prior": F.cosine_similarity(sampled, true).mean().item(),
         "cosine_text": F.cosine_similarity(batch["text_embeds"], true).mean().item(),
-        "cosine_mean": F.cosine_similarity(prior.clip_mean, true).mean().item(),
+        "cosine_mean": F.cosine_similarity(data.embedding_statistics()[0].to(device)[None], true).mean().item(),
     }
 
 

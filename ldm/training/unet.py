@@ -4,6 +4,8 @@ opened where training starts from."""
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from torch import Tensor
 
 from ldm import configuration
 from ldm.config import LdmConfig
@@ -40,6 +42,18 @@ def open_unet(
     run.check_fits("init", config.init, "U-Net", unet.config, **follows)
     run.check_agrees(config.init, "U-Net", unet.config, model_arguments(config, follows))
     return unet
+
+
+def image_normalizer(config: LdmConfig, mean: Tensor, std: Tensor) -> StableUnCLIPImageNormalizer:
+    """What image embeddings (B, D) are standardised by where noise is added to them: the data's mean and standard
+    deviation (D,), but for a U-Net of `config.init`, which goes on with those that it was trained with."""
+    if config.init != "scratch":
+        folder = run.component_folder(config.init, "init", "image_normalizer")
+        return StableUnCLIPImageNormalizer.from_pretrained(folder)
+    normalizer = StableUnCLIPImageNormalizer(len(mean))
+    normalizer.mean.data.copy_(mean[None])
+    normalizer.std.data.copy_(std[None])
+    return normalizer
 
 
 def what_follows(

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from ldm.config import LdmConfig
 from ldm.training.task import warn_of_another_process
@@ -76,6 +77,24 @@ def test_a_cache_of_the_run_is_that_of_a_model_with_its_weights(runs, arguments_
     further = [f"init={runs / stage}", "training.max_steps=1"]
     assert run_script(stage, arguments_of(stage, runs, tmp_path / "other", *further)) == 0
     assert weights(tmp_path / "run" / "model") == weights(tmp_path / "other" / "model")
+
+
+@pytest.mark.parametrize(
+    ("stage", "component", "names"),
+    [("prior", "prior", ["clip_mean", "clip_std"]), ("ldm", "image_normalizer", ["mean", "std"])],
+)
+def test_embeddings_are_standardised_as_the_weights_know_them(
+    runs, arguments_of, run_script, tmp_path, stage, component, names
+):
+    """And not anew, by the embeddings of what it goes on with."""
+    begun = shutil.copytree(runs / stage, tmp_path / "begun")
+    path = Path("model", component, "diffusion_pytorch_model.safetensors")
+    before = load_file(begun / path)
+    before |= {name: 2 * before[name] + 1 for name in names}
+    save_file(before, begun / path)
+    assert run_script(stage, arguments_of(stage, runs, tmp_path / "run", f"init={begun}", "training.max_steps=1")) == 0
+    after = load_file(tmp_path / "run" / path)
+    assert all(torch.equal(after[name], before[name]) for name in names)
 
 
 def test_a_unet_that_predicted_something_else_is_told_of(model, capsys):
