@@ -260,7 +260,7 @@ def in_latent_space(config: LdmConfig, device: torch.device) -> Task:
     parts = {"scheduler": solver(config)}
     if config.image_conditioning:
         normalizer = image_normalizer(config, *data.embedding_statistics())
-        mean, std = (statistic.to(device).squeeze(0) for statistic in (normalizer.mean.data, normalizer.std.data))
+        mean, std = (statistic.data[0].to(device) for statistic in (normalizer.mean, normalizer.std))
         embedding_alpha_bar = alphas_bar("squaredcos_cap_v2", NOISE_LEVELS).to(device, precision.finest(device))
         parts["image_noising_scheduler"] = DDPMScheduler(
             num_train_timesteps=NOISE_LEVELS, beta_schedule="squaredcos_cap_v2"

@@ -19,7 +19,6 @@ from pipelines.cli import main as ldm_command
 
 COMMIT = "a" * 40
 FROM_THE_HUB = """
-import sys
 from ldm.training import run
 from pipelines import LatentDiffusionPipeline
 
