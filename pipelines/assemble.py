@@ -55,7 +55,7 @@ def assemble(
 
     with written_whole(output) as partial:
         partial.mkdir(parents=True)
-        _save_pipeline(folders, partial, dtype, _settings(stages["unet"]))
+        _save_pipeline(folders, partial, dtype, _settings(stages["unet"], "prior" in folders))
         _keep_training(stages, partial)
         for file in partial.rglob("*.safetensors"):
             make_readable(file)
@@ -203,7 +203,7 @@ def check_fit(folders: dict[str, Path]) -> None:
     equal("the prior's num_embeddings", prior.get("num_embeddings"), "CLIP's context length", length, retrain_prior)
 
 
-def _settings(run: Path) -> dict[str, float]:
+def _settings(run: Path, has_prior: bool) -> dict[str, float]:
     """With what the U-Net's run drew its sample grids: what its pictures were judged by while it trained; or the
     settings of its pipeline."""
     import yaml
@@ -213,8 +213,10 @@ def _settings(run: Path) -> dict[str, float]:
     if not (run / "config.yaml").is_file():
         return {}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    names = ("guidance_scale", "prior_guidance_scale")
-    return {name: config[f"sample_{name}"] for name in names if config.get(f"sample_{name}") is not None}
+    keys = {name: f"sample_{name}" for name in ("guidance_scale", "prior_guidance_scale")}
+    keys |= {name: name for name in ("num_inference_steps", "num_prior_samples")}  # of train_last_step.py
+    known = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
+    return {name: value for name, value in known.items() if has_prior or "prior" not in name}
 
 
 def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings: dict[str, float]) -> None:

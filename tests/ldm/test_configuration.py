@@ -7,6 +7,7 @@ import pytest
 from ldm import configuration
 from ldm.config import AutoencoderConfig, CacheConfig, ClipConfig, LdmConfig, PriorConfig
 from ldm.errors import UserError, exit_code_of
+from ldm.last_step_config import LastStepConfig
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
@@ -16,6 +17,7 @@ KINDS = {
     "ldm": LdmConfig,
     "ldm_text": LdmConfig,
     "cache": CacheConfig,
+    "last_step": LastStepConfig,
     **dict.fromkeys(("plain", "denoising", "sparse", "k_sparse", "variational"), AutoencoderConfig),
 }
 

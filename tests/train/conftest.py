@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.assemble import assemble
 from tests.train.scripts import ROOT, SCRIPT, Pair, run
 
 SHAPES = ROOT / "configs" / "shapes"
@@ -103,9 +104,17 @@ def pair(tmp_path_factory) -> Iterator[Pair]:
 def runs(tmp_path_factory) -> Path:
     """A folder with all five runs, four steps each, none interrupted. Tests only read it."""
     folder = tmp_path_factory.mktemp("runs")
-    for stage in SCRIPT:
+    for stage in (stage for stage in SCRIPT if stage in READS):
         assert run(stage, _arguments(stage, folder, folder / stage)) == 0, stage
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(runs, tmp_path_factory) -> Path:
+    """The pipeline that the small runs make."""
+    stages = {"autoencoder": "autoencoder", "clip": "clip", "prior": "prior", "unet": "ldm"}
+    output = tmp_path_factory.mktemp("base") / "model"
+    return assemble(**{stage: runs / run for stage, run in stages.items()}, output=output)
 
 
 @pytest.fixture(scope="session")

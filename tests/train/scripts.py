@@ -25,6 +25,7 @@ SCRIPT = {
     "cache": "cache_latents",
     "prior": "train_prior",
     "ldm": "train_ldm",
+    "last_step": "train_last_step",
 }
 
 

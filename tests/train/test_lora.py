@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ldm import hub
 from pipelines import LatentDiffusionImg2ImgPipeline, LatentDiffusionPipeline
-from pipelines.assemble import assemble
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = "checkpoints/step-000004"
@@ -58,14 +57,6 @@ def assert_same(one: Path, two: Path) -> None:
     for path in paths:
         a, b = load_file(one / path), load_file(two / path)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), path
-
-
-@pytest.fixture(scope="module")
-def base(runs, tmp_path_factory) -> Path:
-    """The folder of the small runs."""
-    stages = {"autoencoder": "autoencoder", "clip": "clip", "prior": "prior", "unet": "ldm"}
-    output = tmp_path_factory.mktemp("base") / "model"
-    return assemble(**{stage: runs / run for stage, run in stages.items()}, output=output)
 
 
 @pytest.fixture(scope="module")
