@@ -31,9 +31,15 @@ SOLVERS = {
     "DPM++ 2M in λ": (DPMSolverMultistepScheduler, {"timestep_spacing": "linspace", "use_lu_lambdas": True}),
     "UniPC": (UniPCMultistepScheduler, {"timestep_spacing": "linspace"}),
     "UniPC trailing": (UniPCMultistepScheduler, {"timestep_spacing": "trailing"}),
+    "UniPC, last step from 0.5": (
+        UniPCMultistepScheduler,
+        {"use_exponential_sigmas": True, "sigma_min": 0.5, "sigma_max": 50.0},
+    ),
     "UniPC Karras": (UniPCMultistepScheduler, {"timestep_spacing": "linspace", "use_karras_sigmas": True}),
 }
 """Name -> class, and what differs from the model's own scheduler."""
+NO_SPACING = {"use_exponential_sigmas": False, "sigma_min": None, "sigma_max": None}
+"""Takes back the spacing of a model whose last step was trained."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ ROWS = [
     *(Row(solver, 12) for solver in SOLVERS if solver != "DDIM"),
     *(Row("DPM++ 2M trailing", steps) for steps in (10, 8)),
     *(Row("UniPC trailing", steps) for steps in (16, 14, 10, 9, 8, 6)),
+    *(Row("UniPC, last step from 0.5", steps) for steps in (10, 8, 6)),  # as train_last_step.py's models draw
     *(Row("UniPC trailing", 10, interval) for interval in ((0.15, 1.0), (0.3, 1.0), (0.0, 0.95), (0.3, 0.95))),
 ]
 
@@ -114,7 +121,7 @@ def draw(
 ) -> Tensor:
     """Pictures (10 · per_class, 3, H, W) in [-1, 1], class by class."""
     kind, changes = solvers[row.solver]
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **(NO_SPACING | changes))
     pictures = []
     for c, name in enumerate(tqdm(CLASSES, desc=str(row), unit=" classes", leave=False)):
         count = len(embeddings[c])
