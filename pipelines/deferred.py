@@ -85,3 +85,4 @@ class _Sizes(_StandIn):
     """Of torch's algebra of sizes what is asked of sizes that are numbers, as all are where nothing is compiled."""
 
     has_free_unbacked_symbols = staticmethod(lambda size: False)
+    expect_true = staticmethod(bool)  # of a condition that torch 2.14 checks where it counts up

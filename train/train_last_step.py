@@ -137,7 +137,7 @@ def main() -> None:
         z_last = torch.cat([z_last, states.z_t[chosen].to(device)]).contiguous(memory_format=torch.channels_last)
         t = timesteps(times, len(alpha_bar), config.timestep_sampling)[SQUARED]
         z_t = q_sample(z_0[SQUARED], alpha_bar[t], noise[SQUARED]).contiguous(memory_format=torch.channels_last)
-        told_nothing = told_last.without(t_last == last, no_text)
+        told_nothing = told_last.without(torch.ones_like(t_last, dtype=torch.bool), no_text)
         with torch.no_grad():
             unguided = unet(z_last, t_last, **told_nothing.arguments()).sample.float()
         with torch.set_grad_enabled(trains_unet):
