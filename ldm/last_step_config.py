@@ -23,7 +23,7 @@ class LastStepConfig(RunConfig):
     sample_guidance_scale: float = 3.0
     """With which it is to draw."""
     sample_prior_guidance_scale: float | None = None
-    """The same of the prior; None: the setting of the pipeline."""
+    """The same of the prior; None: a pipeline's default, Diffusers' 4."""
     num_prior_samples: int = 2
     """The prior's sample is the best of so many."""
     num_states: int = 4096
@@ -39,6 +39,7 @@ class LastStepConfig(RunConfig):
     discriminator_updates: int = 3
     """For each update of the U-Net, on the same pictures."""
     discriminator_channels: int = 96
+    """Of its heads on CLIP's features; half as many where it sees pixels."""
     discriminator_learning_rate: float = 2e-3
     gradient_penalty: float = 4e-3
     """Weight of R1 (Mescheder et al. 2018), on the features of photographs."""
@@ -50,8 +51,9 @@ class LastStepConfig(RunConfig):
         require(self.init not in ("", "scratch"), "init", repr(self.init), "the folder or repository of a pipeline, "
                 "whose U-Net is trained on")  # fmt: skip
         require(self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, ">= 2")
-        for name in ("num_prior_samples", "num_states", "discriminator_updates", "discriminator_channels"):
+        for name in ("num_prior_samples", "num_states", "discriminator_updates"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        require(self.discriminator_channels >= 2, "discriminator_channels", self.discriminator_channels, ">= 2")
         for name in ("sample_guidance_scale", "sample_prior_guidance_scale", "adversarial_weight", "gradient_penalty"):
             require(0 <= (getattr(self, name) or 0) < inf, name, getattr(self, name), ">= 0")
         require(0 < self.last_sigma < self.first_sigma < inf, "last_sigma", self.last_sigma,
@@ -62,7 +64,5 @@ class LastStepConfig(RunConfig):
         require(0 < self.discriminator_learning_rate < inf, "discriminator_learning_rate",
                 self.discriminator_learning_rate, "> 0")  # fmt: skip
         require(not self.data.streaming, "data.streaming", self.data.streaming, "false here")
-        require(self.training.batch_size % 2 == 0, "training.batch_size", self.training.batch_size, "even: half of the "
-                "photographs go into each of two losses")  # fmt: skip
         require(self.training.gradient_accumulation_steps == 1, "training.gradient_accumulation_steps",
                 self.training.gradient_accumulation_steps, "1 here: two networks take turns")  # fmt: skip

@@ -53,14 +53,20 @@ def main() -> None:
     memory.refuse_search(config.training, "two networks are trained in turns")
     accelerator, share, resumed = run.start(config, arguments.resume)
     training, device = config.training, accelerator.device
+    if share.micro_batch_size % 2:
+        raise UserError(
+            f"training.batch_size {training.batch_size}: every process halves its photographs between two losses; "
+            f"take a multiple of {2 * share.num_processes}"
+        )
     data = open_data(config.data, config.seed, share.num_processes)
     loader = micro_batches(data, config, share, resumed)
     pipe, clip = opened(config, device)
     settings = drawing(config, pipe)
     folder = run.claim(config, accelerator)
-    states = last_step.drawn_states(
-        config.seed, config.num_states, accelerator, pipe, settings, data, folder / "states.safetensors", resumed
-    )
+    stored = folder / "states.safetensors"
+    if resumed is None:
+        last_step.draw_states(stored, config.num_states, config.seed, accelerator, pipe, settings, data)
+    states = last_step.open_states(stored, resumed)
 
     # Networks, optimisers, moving average
     torch.manual_seed(config.seed)
@@ -127,7 +133,8 @@ def main() -> None:
             told_squared = told.of(SQUARED).without(drops[SQUARED] < config.condition_dropout, no_text)
             is_known = torch.arange(len(x), device=device) % 2 == 0
             of_real = last_step.told_to_judge(clip, batch["captions"], embeds, is_known, statistics)
-            of_states = last_step.told_to_judge(clip, captions, embeds[BEGUN], ~is_known[BEGUN], statistics)
+            is_unknown = torch.zeros(len(captions), device=device)
+            of_states = last_step.told_to_judge(clip, captions, embeds[BEGUN], is_unknown, statistics)
             of_drawn = torch.cat([of_real[BEGUN], of_states])
             kept = vae.decode(z_0 / vae.config.scaling_factor).sample.float()  # all that a picture can be
 
@@ -137,14 +144,17 @@ def main() -> None:
         z_last = torch.cat([z_last, states.z_t[chosen].to(device)]).contiguous(memory_format=torch.channels_last)
         t = timesteps(times, len(alpha_bar), config.timestep_sampling)[SQUARED]
         z_t = q_sample(z_0[SQUARED], alpha_bar[t], noise[SQUARED]).contiguous(memory_format=torch.channels_last)
-        told_nothing = told_last.without(torch.ones_like(t_last, dtype=torch.bool), no_text)
-        with torch.no_grad():
-            unguided = unet(z_last, t_last, **told_nothing.arguments()).sample.float()
+        if config.sample_guidance_scale > 1:  # as pipelines have it
+            told_nothing = told_last.without(torch.ones_like(t_last, dtype=torch.bool), no_text)
+            with torch.no_grad():
+                unguided = unet(z_last, t_last, **told_nothing.arguments()).sample.float()
         with torch.set_grad_enabled(trains_unet):
             told_both = told_last.and_of(told_squared)
             output = model(torch.cat([z_last, z_t]), torch.cat([t_last, t]), **told_both.arguments()).sample.float()
-            guided = classifier_free_guidance(unguided, output[: len(z_last)], config.sample_guidance_scale)
-            z_0_hat, _ = clean_and_noise(guided, kind, z_last, alpha_bar[t_last])
+            prediction = output[: len(z_last)]
+            if config.sample_guidance_scale > 1:
+                prediction = classifier_free_guidance(unguided, prediction, config.sample_guidance_scale)
+            z_0_hat, _ = clean_and_noise(prediction, kind, z_last, alpha_bar[t_last])
             with accelerator.autocast():
                 x_hat = vae.decode(z_0_hat / vae.config.scaling_factor).sample.float()
                 seen = image_features(clip, shifted(x_hat, moves_of_drawn[0]))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -105,44 +105,29 @@ def told_to_judge(
     return torch.cat([F.normalize(text, dim=1) * math.sqrt(text.shape[1]), image], dim=1)
 
 
-def drawn_states(
-    seed: int,
-    count: int,
-    accelerator: Accelerator,
-    pipe: DiffusionPipeline,
-    settings: dict[str, Any],
-    data: CaptionedImages,
-    path: Path,
-    resumed: Saved | None,
-) -> States:
-    """`count` states of captions of the data, drawn by a text-to-image pipeline with `settings`, each a function of the
-    seed and its number. Every process draws its part; a run that is resumed finds them all in `path`.
-
-    Raises:
-        UserError: it does not.
-    """
-    if resumed is None:
-        _draw(seed, count, accelerator, pipe, settings, data, path)
+def open_states(path: Path, resumed: Saved | None) -> States:
+    """What `draw_states` wrote. Raises UserError where a run that is resumed had others."""
     digest = files.sha256(path) if path.is_file() else None
     if resumed is not None and resumed.state[SHA256] != digest:
         raise UserError(f"--resume: {path} is missing or damaged, and the run cannot go on without it; begin another")
     with safe_open(path, "pt") as stored:
         captions = json.loads(stored.metadata()["captions"])
-        z_t = stored.get_tensor("z_t")
-        labels = stored.get_tensor("class_labels") if pipe.unet.config.class_embed_type is not None else None
-    return States(z_t, labels, captions, digest)
+    tensors = load_file(path)
+    return States(tensors["z_t"], tensors.get("class_labels"), captions, digest)
 
 
 @torch.no_grad()
-def _draw(
-    seed: int,
+def draw_states(
+    path: Path,
     count: int,
+    seed: int,
     accelerator: Accelerator,
     pipe: DiffusionPipeline,
     settings: dict[str, Any],
     data: CaptionedImages,
-    path: Path,
 ) -> None:
+    """Writes `count` states of captions of the data, drawn by a text-to-image pipeline with `settings`, each a function
+    of the seed and its number. Every process draws its part."""
     per_process = -(-count // accelerator.num_processes)
     captions = [
         _caption(data, key(seed, "caption of a state", n)) for n in range(per_process * accelerator.num_processes)

@@ -160,7 +160,8 @@ def test_a_model_without_a_prior(runs, run_script, arguments_of, tmp_path):
     [
         ("init=scratch", "init must be the folder or repository of a pipeline"),
         ("init=nowhere/at/all", "init nowhere/at/all: "),
-        ("training.batch_size=7", "training.batch_size must be even"),
+        ("training.batch_size=7", "training.batch_size 7: every process halves its photographs"),
+        ("discriminator_channels=1", "discriminator_channels must be >= 2"),
         ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps must be 1 here"),
         ("training.find_micro_batch=true", "training.find_micro_batch"),
         ("last_sigma=60", "last_sigma must be above 0 and below first_sigma"),
