@@ -13,7 +13,7 @@ from ldm.errors import RunError, UserError
 from ldm.files import expanded, make_readable
 from ldm.hub import INDEX, check_component, check_shapes, is_repository_name, resolve
 from pipelines.card import TRAINING
-from pipelines.settings import SETTINGS
+from pipelines.settings import SETTINGS, SETTINGS_FILE
 
 COMPONENTS = {
     "autoencoder": {"vae": "AutoencoderKL"},
@@ -204,19 +204,19 @@ def check_fit(folders: dict[str, Path]) -> None:
 
 
 def _settings(run: Path, has_prior: bool) -> dict[str, float]:
-    """With what the U-Net's run drew its sample grids: what its pictures were judged by while it trained; or the
-    settings of its pipeline."""
+    """What the U-Net's run says that it is to be drawn with, or else drew its sample grids with: what its pictures were
+    judged by while it trained; or the settings of its pipeline."""
     import yaml
 
     if (run / INDEX).is_file():
         return read_json(run / INDEX).get(SETTINGS, {})
+    if (said := (run / "model" if (run / "model").is_dir() else run) / SETTINGS_FILE).is_file():
+        return read_json(said)
     if not (run / "config.yaml").is_file():
         return {}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    keys = {name: f"sample_{name}" for name in ("guidance_scale", "prior_guidance_scale")}
-    keys |= {name: name for name in ("num_inference_steps", "num_prior_samples")}  # of train_last_step.py
-    known = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
-    return {name: value for name, value in known.items() if has_prior or "prior" not in name}
+    known = {name: config.get(f"sample_{name}") for name in ("guidance_scale", "prior_guidance_scale")}
+    return {name: value for name, value in known.items() if value is not None and (has_prior or "prior" not in name)}
 
 
 def _save_pipeline(folders: dict[str, Path], output: Path, dtype: str, settings: dict[str, float]) -> None:

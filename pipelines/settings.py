@@ -25,6 +25,8 @@ DEFAULT_SETTINGS = {
 }
 SETTINGS = "_default_settings"
 """The key of `model_index.json` that holds a model's own settings, which stock Diffusers passes over."""
+SETTINGS_FILE = "settings.json"
+"""In a run's model folder: those that its U-Net was trained to be drawn with."""
 MOST_SAMPLES = 1000
 """Of the prior, for one image: beyond it a slip of the hand would take days."""
 Check = Callable[[str, object], Any]

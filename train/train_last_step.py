@@ -5,10 +5,11 @@
 From the pipeline in `init`, which then draws from noise down to `last_sigma` and from there to the picture in one step.
 At all timesteps the U-Net goes on learning what it did; at that one it has, besides, an adversarial loss in the eyes of
 CLIP (Jolicoeur-Martineau et al. 2021, arXiv:2009.05475; Sauer et al. 2021, arXiv:2111.01007). The step begins with
-noised photographs, and where drawing from text comes to. Leaves `<output_dir>/model/{unet,scheduler,…}`, which
-`ldm assemble --unet` puts in the place of those in `init`.
+noised photographs, and where drawing from text comes to. Leaves `<output_dir>/model/{unet,scheduler,…,settings.json}`,
+which `ldm assemble --unet` puts in the place of those in `init`.
 """
 
+import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ldm import configuration, hub
+from ldm import configuration, files, hub
 from ldm.autoencoders.discriminator import discriminator_loss, generator_loss
 from ldm.clip import export
 from ldm.clip.discriminator import FeatureDiscriminator, gradient_penalty, image_features, shifted
@@ -38,7 +39,7 @@ from ldm.training.randomness import generator, seed_dropout
 from ldm.training.tracking import Tracker
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import parse_training_arguments
-from pipelines.settings import DEFAULT_SETTINGS
+from pipelines.settings import DEFAULT_SETTINGS, SETTINGS_FILE
 
 BEGUN, SQUARED = slice(0, None, 2), slice(1, None, 2)
 """Of a batch, the photographs that the last step begins with, and those of the squared error."""
@@ -61,11 +62,11 @@ def main() -> None:
     data = open_data(config.data, config.seed, share.num_processes)
     loader = micro_batches(data, config, share, resumed)
     pipe, clip = opened(config, device)
-    settings = drawing(config, pipe)
+    pipe.default_settings = settings = drawing(config, pipe)
     folder = run.claim(config, accelerator)
     stored = folder / "states.safetensors"
     if resumed is None:
-        last_step.draw_states(stored, config.num_states, config.seed, accelerator, pipe, settings, data)
+        last_step.draw_states(stored, config.num_states, config.seed, accelerator, pipe, data)
     states = last_step.open_states(stored, resumed)
 
     # Networks, optimisers, moving average
@@ -220,7 +221,7 @@ def main() -> None:
         if (done % training.sample_every == 0 or done == training.max_steps) and config.sample_prompts:
             with optim.averaged(ema, unet):
                 if accelerator.is_main_process:
-                    tracker.pictures(done, samples(config, pipe, settings), columns=10)
+                    tracker.pictures(done, samples(config, pipe), columns=10)
 
     # Export: averaged weights
     with optim.averaged(ema, unet):
@@ -228,6 +229,7 @@ def main() -> None:
             for name in ("unet", "scheduler", "image_normalizer", "image_noising_scheduler"):
                 if getattr(pipe, name) is not None:
                     getattr(pipe, name).save_pretrained(folder / "model" / name)
+            files.write_text(folder / "model" / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
             tracker.say(f"wrote {folder / 'model'}")
     tracker.close()
     interruption.close()
@@ -273,25 +275,22 @@ def opened(config: LastStepConfig, device: torch.device) -> tuple[LatentDiffusio
 
 
 def drawing(config: LastStepConfig, pipe: LatentDiffusionPipeline) -> dict[str, Any]:
-    """The settings with which it is to draw, which are those of the pipeline that `ldm assemble` makes of this run."""
+    """The settings with which it is to draw, in training and in the pipeline that `ldm assemble` makes of this run:
+    those of the configuration, and what `init` says of its prior's samples."""
     settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.sample_guidance_scale}
     if pipe.prior is None:
         return settings
     scale = config.sample_prior_guidance_scale
-    scale = DEFAULT_SETTINGS["prior_guidance_scale"] if scale is None else scale
-    return {**settings, "num_prior_samples": config.num_prior_samples, "prior_guidance_scale": scale}
+    settings["prior_guidance_scale"] = DEFAULT_SETTINGS["prior_guidance_scale"] if scale is None else scale
+    settings["num_prior_samples"] = config.num_prior_samples
+    return settings | {name: pipe.default_settings[name] for name in ("prior_num_inference_steps", "noise_level")}
 
 
-def samples(config: LastStepConfig, pipe: LatentDiffusionPipeline, settings: dict[str, Any]) -> Tensor:
+def samples(config: LastStepConfig, pipe: LatentDiffusionPipeline) -> Tensor:
     """One picture (3, S, S) in [-1, 1] of each of `sample_prompts`; the same noise at every call."""
     numbers = range(len(config.sample_prompts))
-    images = pipe(
-        config.sample_prompts,
-        generator=[generator(config.seed, "samples", number) for number in numbers],
-        output_type="pt",
-        **settings,
-    ).images
-    return images * 2 - 1
+    generators = [generator(config.seed, "samples", number) for number in numbers]
+    return pipe(config.sample_prompts, generator=generators, output_type="pt").images * 2 - 1
 
 
 if __name__ == "__main__":

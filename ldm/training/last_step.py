@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,11 +122,10 @@ def draw_states(
     seed: int,
     accelerator: Accelerator,
     pipe: DiffusionPipeline,
-    settings: dict[str, Any],
     data: CaptionedImages,
 ) -> None:
-    """Writes `count` states of captions of the data, drawn by a text-to-image pipeline with `settings`, each a function
-    of the seed and its number. Every process draws its part."""
+    """Writes `count` states of captions of the data, drawn by a text-to-image pipeline with its settings, each a
+    function of the seed and its number. Every process draws its part."""
     per_process = -(-count // accelerator.num_processes)
     captions = [
         _caption(data, key(seed, "caption of a state", n)) for n in range(per_process * accelerator.num_processes)
@@ -135,7 +133,7 @@ def draw_states(
     kept: dict[str, list[Tensor]] = {"z_t": [], "class_labels": []}
 
     def keep(_: DiffusionPipeline, step: int, _t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if step == settings["num_inference_steps"] - 2:
+        if step == pipe.default_settings["num_inference_steps"] - 2:
             kept["z_t"].append(tensors["latents"].float())
             if tensors["image_embeds"] is not None:
                 kept["class_labels"].append(tensors["image_embeds"][-len(tensors["latents"]) :].float())
@@ -152,7 +150,6 @@ def draw_states(
                     output_type="latent",
                     callback_on_step_end=keep,
                     callback_on_step_end_tensor_inputs=("latents", "image_embeds"),
-                    **settings,
                 )
             bar.update(len(numbers) * accelerator.num_processes)
     parts = {name: torch.cat(values) for name, values in kept.items() if values}

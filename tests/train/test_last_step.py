@@ -116,6 +116,26 @@ def test_the_assembled_folder_draws_as_it_was_trained_to_in_stock_diffusers_too(
     np.testing.assert_allclose(*pictures, rtol=0, atol=1e-4)
 
 
+def test_what_the_first_model_says_of_its_prior_is_kept(base, run_script, tmp_path):
+    """And what it says of guidance, which the last step was not trained with, is not."""
+    begun = tmp_path / "base"
+    shutil.copytree(base, begun)
+    index = json.loads((begun / "model_index.json").read_text())
+    of_prior = {"noise_level": 100, "prior_num_inference_steps": 7}
+    index["_default_settings"] = {**of_prior, "num_prior_samples": 3, "guidance_rescale": 0.7}
+    (begun / "model_index.json").write_text(json.dumps(index))
+    few = ["training.max_steps=2", "num_states=2", "sample_prompts=[]"]
+    assert run_script("last_step", arguments(begun, tmp_path / "run", *few)) == 0
+    assemble(begun, begun, begun, tmp_path / "run", tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["_default_settings"] == {
+        "num_inference_steps": 3,
+        "guidance_scale": 1.5,
+        "prior_guidance_scale": 1.0,
+        "num_prior_samples": 1,
+        **of_prior,
+    }
+
+
 def test_resumed_run_equals_the_uninterrupted_one(base, run, run_script, fails, logged, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -147,7 +167,11 @@ def test_a_model_without_a_prior(runs, run_script, arguments_of, tmp_path):
     assert run_script("ldm", arguments_of("ldm_text", runs, tmp_path / "text", "training.max_steps=1")) == 0
     base = assemble(runs / "autoencoder", runs / "clip", None, tmp_path / "text", tmp_path / "base")
     assert run_script("last_step", arguments(base, tmp_path / "run")) == 0
-    assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir()) == ["scheduler", "unet"]
+    assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir()) == [
+        "scheduler",
+        "settings.json",
+        "unet",
+    ]
     assert list(load_file(tmp_path / "run" / "states.safetensors")) == ["z_t"]
     model = assemble(base, base, None, tmp_path / "run", tmp_path / "model")
     stock = DiffusionPipeline.from_pretrained(model)
