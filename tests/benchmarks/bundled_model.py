@@ -4,14 +4,15 @@
 
 Draws "a photo of a <class>" for the ten classes of CIFAR-10 and has them read by two classifiers that no part of the
 model was trained against: cifar10_classifier.py, with which its settings were chosen, and resnet_judge.py, with which
-nothing was. Accuracy alone is fooled by textures, so it stands beside the Fréchet distance between the first one's
-features of these pictures and of the training photographs, and the floor of that distance: the same for as many real
-test photographs. Both are biased alike, since few samples are compared with many.
+nothing was. Accuracy alone is fooled by textures, so it stands beside the Fréchet distance between the features that
+either one has of these pictures and of the training photographs, and the floor of that distance: the same for as many
+real test photographs. Both are biased alike, since few samples are compared with many.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ import resnet_judge
 from cifar10_classifier import CLASSES
 from ldm.errors import UserError, exit_code_of
 from ldm.evaluation.distances import Gaussian, frechet_distance, gaussian_of, nearest
-from ldm.evaluation.features import open_classifier
+from ldm.evaluation.features import open_classifier, open_features
 from ldm.training import randomness
 from pipelines import LatentDiffusionPipeline
 from pipelines.arguments import ArgumentParser
@@ -38,7 +39,7 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Photographs:
-    """What the judge makes of real photographs; what pictures are compared with is computed once."""
+    """What a judge makes of real photographs; what pictures are compared with is computed once."""
 
     train_features: Tensor  # (50000, F)
     test_features: Tensor  # (10000, F)
@@ -67,44 +68,62 @@ class Photographs:
         return {}
 
 
-def read_photographs(source: str) -> Photographs:
-    """Features of CIFAR-10, read from `source`: a folder of parquet files, or a repository of the Hub."""
-    pixels, labels = {}, {}
-    for split in ("train", "test"):
-        pixels[split], labels[split] = cifar10_classifier.read_split(source, split)
-    judge_of = cifar10_classifier.load()
-    found = {split: features_of(judge_of, pixels[split], f"{split} photographs")[1] for split in pixels}
-    return Photographs(found["train"], found["test"], labels["test"])
+def read_photographs(source: str, features: Callable[[Tensor, str], Tensor] | None = None) -> Photographs:
+    """Features of CIFAR-10, read from `source`: a folder of parquet files, or a repository of the Hub. `features`: what
+    makes them of images and a name for the progress bar; the first judge's if None."""
+    read = features or (lambda images, name: features_of(cifar10_classifier.load(), images, name)[1])
+    splits = {split: cifar10_classifier.read_split(source, split) for split in ("train", "test")}
+    train, test = (read(images, f"{split} photographs") for split, (images, _) in splits.items())
+    return Photographs(train, test, splits["test"][1])
 
 
 def features_of(classifier: torch.nn.Module, images: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Logits (N, 10) and features (N, F) of images (N, 3, 32, 32): uint8, or float in [-1, 1]."""
-    logits, features = [], []
-    with tqdm(total=len(images), desc=name, unit=" images", disable=len(images) < 2000) as bar:
-        for part in images.split(500):
-            part = cifar10_classifier.to_unit_range(part) if part.dtype == torch.uint8 else part
-            for values, found in zip((logits, features), cifar10_classifier.features(classifier, part), strict=True):
-                values.append(found)
-            bar.update(len(part))
+    read = (cifar10_classifier.features(classifier, part) for part in in_parts(images, name))
+    logits, features = zip(*read, strict=True)
     return torch.cat(logits), torch.cat(features)
 
 
-def judge(images: Tensor, labels: Tensor, photographs: Photographs) -> dict:
+def second_features_of(images: Tensor, name: str) -> Tensor:
+    """The second judge's features (N, F) of images as `features_of` has them."""
+    network = open_features(resnet_judge.FOLDER)
+    return torch.cat([network((part + 1) / 2) for part in in_parts(images, name)])
+
+
+def in_parts(images: Tensor, name: str) -> Iterator[Tensor]:
+    """Float images in [-1, 1], some hundred at a time, with a progress bar where there are many."""
+    with tqdm(total=len(images), desc=name, unit=" images", disable=len(images) < 2000) as bar:
+        for part in images.split(500):
+            yield cifar10_classifier.to_unit_range(part) if part.dtype == torch.uint8 else part
+            bar.update(len(part))
+
+
+def judge(images: Tensor, labels: Tensor, photographs: Photographs, by_second: Photographs | None = None) -> dict:
     """Reads pictures (N, 3, 32, 32) in [-1, 1] that should show `labels` (N,), each class in 0..9 at least once.
 
-    Returns what `reading` does by the first judge and, under `second_judge`, by the second; and by the first alone
-    `frechet_distance` to the training photographs, `frechet_floor` and `frechet_floor_std` over random subsets of the
-    test photographs with the same labels, `frechet_ratio`, the distance in units of the floor, and `nearest_ratio`: the
-    median distance of a picture to its nearest training photograph, in units of that of a test photograph.
+    Returns what `reading` and `distances` do by the first judge and, under `second_judge`, by the second; the distances
+    of that only where `by_second`, its photographs, is given.
     """
     logits, features = features_of(cifar10_classifier.load(), images, "pictures")
-    second = open_classifier(resnet_judge.FOLDER)
-    floors = photographs.floors(labels.bincount(minlength=10))
-    distance = frechet_distance(features, photographs.known)
+    second = reading(open_classifier(resnet_judge.FOLDER)((images + 1) / 2), labels)
+    if by_second is not None:
+        second |= distances(second_features_of(images, "pictures"), labels, by_second)
     return {
         "images": len(images),
         **reading(logits, labels),
-        "second_judge": reading(second((images + 1) / 2), labels),
+        **distances(features, labels, photographs),
+        "second_judge": second,
+    }
+
+
+def distances(features: Tensor, labels: Tensor, photographs: Photographs) -> dict:
+    """From a judge's features (N, F) of pictures that should show `labels` (N,), and those of photographs:
+    `frechet_distance` to the training photographs, `frechet_floor` and `frechet_floor_std` over random subsets of the
+    test photographs with the same labels, `frechet_ratio`, the distance in units of the floor, and `nearest_ratio`: the
+    median distance of a picture to its nearest training photograph, in units of that of a test photograph."""
+    floors = photographs.floors(labels.bincount(minlength=10))
+    distance = frechet_distance(features, photographs.known)
+    return {
         "frechet_distance": distance,
         "frechet_floor": floors.mean().item(),
         "frechet_floor_std": floors.std().item(),
@@ -167,16 +186,16 @@ def table(report: dict) -> str:
             cells.append(f"{read['class_accuracy'][name]:>7.1%}  {worst:<23}")
         lines.append(f"{name:<12}{''.join(cells)}".rstrip())
     overall = "".join(f"{read['accuracy']:>7.1%}{'':<25}" for read in judges).rstrip()
-    return "\n".join(
-        [
-            *lines,
-            f"{'all':<12}{overall}   of {report['images']} pictures",
-            f"Fréchet distance to the training photographs  {report['frechet_distance']:8.3f}",
-            f"  of as many test photographs (the floor)      {report['frechet_floor']:8.3f}",
-            f"  in units of the floor                        {report['frechet_ratio']:8.2f}",
-            f"median distance to the nearest of them, by photographs' {report['nearest_ratio']:8.2f}",
-        ]
-    )
+    lines.append(f"{'all':<12}{overall}   of {report['images']} pictures")
+    named = {
+        "frechet_distance": "Fréchet distance to the training photographs",
+        "frechet_floor": "  of as many test photographs (the floor)",
+        "frechet_ratio": "  in units of the floor",
+        "nearest_ratio": "median distance to the nearest of them, by photographs'",
+    }
+    for key, name in named.items():
+        lines.append(f"{name:<56}" + "".join(f"{read[key]:>9.3f}" for read in judges if key in read))
+    return "\n".join(lines)
 
 
 def grid(images: Tensor, labels: Tensor) -> Image.Image:
@@ -214,11 +233,12 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in ("guidance_scale", "num_inference_steps")}
     settings = {name: value for name, value in given.items() if value is not None}
     photographs = read_photographs(arguments.data)  # before pictures are drawn, which takes longest
+    by_second = read_photographs(arguments.data, second_features_of)
     images, labels, seeds = draw(pipeline, arguments.images_per_class, arguments.seed, **settings)
     if images.shape[1:] != (3, 32, 32):
         raise UserError(f"--model {arguments.model} draws {tuple(images.shape[1:])}; the judge reads (3, 32, 32)")
 
-    report = judge(images, labels, photographs)
+    report = judge(images, labels, photographs, by_second)
     report = {"model": arguments.model or "bundled", "settings": pipeline.default_settings | settings, **report}
     print(f"picture k of class c has seed key({arguments.seed}, 'benchmark', c, k): {seeds[0]} … {seeds[-1]}")
     first, second = json.loads(cifar10_classifier.RECORD.read_text())["test_accuracy"], resnet_judge.stated_accuracy()

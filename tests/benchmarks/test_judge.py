@@ -117,11 +117,27 @@ def test_readings_of_both_judges_stand_side_by_side():
     logits[6] = torch.nn.functional.one_hot(torch.tensor(5), 10)  # a cat read as a dog
     wrong, right = (bundled_model.reading(some, labels) for some in (logits, torch.nn.functional.one_hot(labels)))
     assert wrong["accuracy"] == 0.95 and wrong["class_accuracy"]["cat"] == 0.5 and wrong["confusion"][3][5] == 1
-    distances = dict.fromkeys(("distance", "floor", "ratio"), 1.0)
-    report = {"images": 20, **wrong, "second_judge": right, "nearest_ratio": 1.0}
-    text = bundled_model.table(report | {f"frechet_{name}": value for name, value in distances.items()})
+    measured = {"frechet_distance": 6.0, "frechet_floor": 2.0, "frechet_ratio": 3.0, "nearest_ratio": 1.0}
+    farther = measured | {"frechet_distance": 8.0, "frechet_ratio": 4.0}
+    text = bundled_model.table({"images": 20, **wrong, **measured, "second_judge": right | farther})
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     assert lines["cat"] == ["50.0%", "dog", "(1)", "100.0%"] and lines["all"][:2] == ["95.0%", "100.0%"]
+    assert lines["Fréchet"][-2:] == ["6.000", "8.000"] and lines["in"][-2:] == ["3.000", "4.000"]
+
+
+def test_distances_are_by_the_judge_whose_photographs_are_given():
+    draw = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(256, (60, 3, 32, 32), generator=draw, dtype=torch.uint8), torch.arange(60) % 10
+    first = bundled_model.features_of(bundled_model.cifar10_classifier.load(), pixels, "")[1]
+    second = bundled_model.second_features_of(pixels, "")
+    by_first, by_second = (bundled_model.Photographs(found[:40], found[40:], labels[40:]) for found in (first, second))
+    pictures = pixels[20:40].float() / 127.5 - 1
+    report = bundled_model.judge(pictures, labels[20:40], by_first, by_second)
+    assert report["frechet_distance"] == pytest.approx(frechet_distance(first[20:40], first[:40]), rel=1e-4)
+    told = report["second_judge"]
+    assert told["frechet_distance"] == pytest.approx(frechet_distance(second[20:40], second[:40]), rel=1e-4)
+    alone = bundled_model.judge(pictures, labels[20:40], by_first)
+    assert "frechet_distance" not in alone["second_judge"] and alone["frechet_ratio"] == report["frechet_ratio"]
 
 
 def test_photographs_are_compared_once_however_many_pictures_are_judged(monkeypatch):
