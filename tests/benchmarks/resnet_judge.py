@@ -1,13 +1,9 @@
 """A second judge of the bundled model: a ResNet in transformers' layout, with which nothing of it was chosen.
 
     python tests/benchmarks/resnet_judge.py --data FOLDER [--resume]
-    python tests/benchmarks/resnet_judge.py --data FOLDER --network features --epochs 5 --seed 21 \
-        --run runs/features_run --output runs/cifar10/features
 
 Trained from scratch on CIFAR-10's training images, read as `cifar10_classifier.py` reads them; architecture, seed and
-augmentation are others than that judge's. The folder it writes is what `ldm evaluate --classifier` takes. The second
-command trains no judge but the network through which the discriminator of `train_last_step.py` sees pictures, beside
-CLIP: smaller, and of another seed.
+augmentation are others than that judge's. The folder it writes is what `ldm evaluate --classifier` takes.
 """
 
 import sys
@@ -34,7 +30,6 @@ SIZE = 64  # pixels a side that the network sees, of which its stem leaves a qua
 EARLY_SIZE, EARLY = 48, 0.6  # what it sees in that fraction of the steps, at half the cost
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of the training images' pixels in [0, 1]
 BATCH_SIZE = 256
-NETWORKS = {"judge": ([64, 160, 256], [2, 2, 1]), "features": ([64, 128, 256], [1, 2, 1])}  # widths, depths
 MARGIN = 4  # pixels by which a crop may move
 HOLE = 8  # pixels a side of the square that is cut out
 MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 5e-4, 0.1
@@ -42,32 +37,10 @@ WARM_UP = 0.15  # fraction of the steps in which the learning rate rises
 CHECKPOINT_EVERY = 50  # steps
 
 
-PURPOSES = {
-    "judge": """# A second judge of CIFAR-10's pictures
-
-A small ResNet that reads which of CIFAR-10's ten classes a picture of 32 × 32 pixels shows. No generator was trained
-against it and no setting of one was chosen with it: it checks what `cifar10_classifier.py`, with which the bundled
-model's settings were chosen, says of that model's pictures.
-
-```bash
-ldm evaluate --data uoft-cs/cifar10 --output report --classifier tests/benchmarks/resnet_judge
-```
-""",
-    "features": """# Features of CIFAR-10's pictures
-
-A small ResNet that reads which of CIFAR-10's ten classes a picture of 32 × 32 pixels shows. It judges nothing: the
-discriminator of `train_last_step.py` sees pictures through its layers (`features`).
-""",
-}
-"""What a network is for: how its card begins."""
-
-
-def new_model(network: str = "judge") -> ResNetForImageClassification:
-    """(B, 3, 64, 64), normalised -> logits (B, 10); a judge's 1.96 million parameters, drawn from the global
-    generator."""
-    widths, depths = NETWORKS[network]
+def new_model() -> ResNetForImageClassification:
+    """(B, 3, 64, 64), normalised -> logits (B, 10); 1.96 million parameters, drawn from the global generator."""
     config = ResNetConfig(
-        embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic",
+        embedding_size=64, hidden_sizes=[64, 160, 256], depths=[2, 2, 1], layer_type="basic",
         id2label=dict(enumerate(CLASSES)), label2id={name: number for number, name in enumerate(CLASSES)},
     )  # fmt: skip
     return ResNetForImageClassification(config)
@@ -103,11 +76,11 @@ def learning_rate_factor(done: float) -> float:
 
 
 def train(
-    pixels: Tensor, labels: Tensor, network: str, epochs: int, seed: int, peak_lr: float, run: Path, resume: bool
+    pixels: Tensor, labels: Tensor, epochs: int, seed: int, peak_lr: float, run: Path, resume: bool
 ) -> tuple[ResNetForImageClassification, float]:
     """The trained network, and the minutes of processor time that it took. Checkpoints are kept in `run`."""
     torch.manual_seed(randomness.key(seed, "weights"))
-    model = new_model(network).to(memory_format=torch.channels_last).train()
+    model = new_model().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=peak_lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
@@ -164,9 +137,7 @@ def stated_accuracy() -> float:
     return ModelCard.load(FOLDER / "README.md").data.eval_results[0].metric_value
 
 
-def card(
-    accuracy: dict[str, float], network: str, epochs: int, seed: int, peak_lr: float, steps: int, minutes: float
-) -> ModelCard:
+def card(accuracy: dict[str, float], epochs: int, seed: int, peak_lr: float, steps: int, minutes: float) -> ModelCard:
     """What the network is and how it came about, with the test accuracy of each class and of all."""
     result = EvalResult(
         task_type="image-classification", dataset_type=HUB, dataset_name="CIFAR-10", dataset_split="test",
@@ -174,22 +145,27 @@ def card(
     )  # fmt: skip
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag="image-classification", datasets=[HUB],
-        model_name="resnet_judge" if network == "judge" else "resnet_features", eval_results=[result],
+        model_name="resnet_judge", eval_results=[result],
     )  # fmt: skip
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in accuracy.items())
-    command = "python tests/benchmarks/resnet_judge.py"
-    command += f" --network {network} --epochs {epochs} --seed {seed} --peak-lr {peak_lr}"
-    widths, depths = (f"{a}, {b} and {c}" for a, b, c in NETWORKS[network])
-    parameters = sum(p.numel() for p in new_model(network).parameters()) / 1e6
+    command = f"python tests/benchmarks/resnet_judge.py --epochs {epochs} --seed {seed} --peak-lr {peak_lr}"
     processor = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
 
-{PURPOSES[network]}
-`ResNetForImageClassification`: a stem of 7 × 7 with stride 2 and pooling, then {depths} basic layers of
-{widths} channels; {parameters:.2f} million parameters, stored in fp16. Pictures are resized whole to
-{SIZE} × {SIZE}, bicubic.
+# A second judge of CIFAR-10's pictures
+
+A small ResNet that reads which of CIFAR-10's ten classes a picture of 32 × 32 pixels shows. No generator was trained
+against it and no setting of one was chosen with it: it checks what `cifar10_classifier.py`, with which the bundled
+model's settings were chosen, says of that model's pictures.
+
+```bash
+ldm evaluate --data uoft-cs/cifar10 --output report --classifier tests/benchmarks/resnet_judge
+```
+
+`ResNetForImageClassification`: a stem of 7 × 7 with stride 2 and pooling, then 2, 2 and 1 basic layers of 64, 160 and
+256 channels; 1.96 million parameters, stored in fp16. Pictures are resized whole to {SIZE} × {SIZE}, bicubic.
 
 ## Training
 
@@ -214,19 +190,15 @@ Of the 10,000 test images, prepared as `ldm evaluate` prepares them.
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Train the second judge of the bundled model, or a network of features.")
+    parser = ArgumentParser(description="Train the second judge of the bundled model.")
     parser.add_argument("--data", default=HUB, help="folder with train.parquet and test.parquet; without it, the Hub")
-    parser.add_argument("--network", choices=NETWORKS, default="judge", help="which to train")
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--seed", type=int, default=11, help="of the first weights, the order and the augmentation")
     parser.add_argument("--peak-lr", type=float, default=0.2, help="learning rate at the height of its cycle")
     parser.add_argument("--run", type=Path, default=Path("runs/resnet_judge"), help="folder of checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
-    parser.add_argument("--output", type=Path, help=f"folder of the network; without it, a judge's is {FOLDER.name}")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the network")
     args = parser.parse_args()
-    if args.output is None and args.network != "judge":
-        raise UserError(f"--network {args.network} is no judge: name a folder with --output")
-    output = args.output or FOLDER
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: must be at least 1")
     if args.resume != (checkpoint.newest(args.run) is not None):
@@ -234,12 +206,12 @@ def main() -> None:
         raise UserError(f"--run {args.run}: {fault}, or name another folder")
 
     pixels, labels = read_split(args.data, "train")
-    settings = {name: getattr(args, name) for name in ("network", "epochs", "seed", "peak_lr")}
+    settings = {name: getattr(args, name) for name in ("epochs", "seed", "peak_lr")}
     model, minutes = train(pixels, labels, **settings, run=args.run, resume=args.resume)
-    write(model, output)
-    accuracy = class_accuracy(open_classifier(output), *read_split(args.data, "test"))
+    write(model, args.output)
+    accuracy = class_accuracy(open_classifier(args.output), *read_split(args.data, "test"))
     steps = args.epochs * (len(pixels) // BATCH_SIZE)
-    card(accuracy, **settings, steps=steps, minutes=minutes).save(output / "README.md")
+    card(accuracy, **settings, steps=steps, minutes=minutes).save(args.output / "README.md")
     print("\n".join(f"{name:<12}{share:>8.2%}" for name, share in accuracy.items()))
 
 
