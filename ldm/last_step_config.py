@@ -14,9 +14,6 @@ class LastStepConfig(RunConfig):
 
     init: str = ""
     """The pipeline's folder or repository whose U-Net is trained on; all its other parts stay as they are."""
-    features: str = ""
-    """Another network of images, beside the model's own CLIP, that the discriminator sees pictures through: a folder or
-    repository in transformers' layout, such as facebook/dinov2-small."""
     num_inference_steps: int = 8
     """Steps in which it is to draw, the last one among them."""
     first_sigma: float = 50.0

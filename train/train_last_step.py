@@ -23,13 +23,12 @@ from transformers.utils import logging as transformers_logging
 from ldm import configuration, files, hub
 from ldm.autoencoders.discriminator import discriminator_loss, generator_loss
 from ldm.clip import export
-from ldm.clip.discriminator import FeatureDiscriminator, gradient_penalty, image_features, mean_over_heads, shifted
+from ldm.clip.discriminator import FeatureDiscriminator, gradient_penalty, image_features, shifted
 from ldm.data.batches import data_state, micro_batches, open_data
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import squared_error, timesteps
 from ldm.diffusion.process import clean_and_noise, prediction_target, q_sample
 from ldm.errors import UserError, exit_code_of
-from ldm.evaluation.features import open_layers
 from ldm.last_step_config import LastStepConfig
 from ldm.training import checkpoint, failure, last_step, memory, optim, precision, run
 from ldm.training.checkpoint import Checkpoint
@@ -63,7 +62,6 @@ def main() -> None:
     data = open_data(config.data, config.seed, share.num_processes)
     loader = micro_batches(data, config, share, resumed)
     pipe, clip = opened(config, device)
-    further = open_layers(config.features, device) if config.features else None
     pipe.default_settings = settings = drawing(config, pipe)
     folder = run.claim(config, accelerator)
     stored = folder / "states.safetensors"
@@ -75,13 +73,14 @@ def main() -> None:
     torch.manual_seed(config.seed)
     unet, vae, tower = pipe.unet.to(memory_format=torch.channels_last), pipe.vae, clip.image_encoder
     run.ready(unet, training, accelerator)
-    for frozen in (vae, tower) if further is None else (vae, tower, further.network):
+    for frozen in (vae, tower):
         precision.prepare(frozen, accelerator.mixed_precision, device)
         if training.compile:
             compile_blocks(frozen, training.activation_memory)
-    embedding_dim = clip.text_encoder.config.projection_dim
-    widths = [tower.config.hidden_size] * tower.config.num_hidden_layers + list(further.channels if further else [])
-    discriminator = FeatureDiscriminator(widths, 2 * embedding_dim, config.discriminator_channels)
+    embedding_dim, layers = clip.text_encoder.config.projection_dim, tower.config.num_hidden_layers
+    discriminator = FeatureDiscriminator(
+        [tower.config.hidden_size] * layers, 2 * embedding_dim, config.discriminator_channels
+    )
     of_discriminator = replace(training, learning_rate=config.discriminator_learning_rate, betas=[0.0, 0.99])
     optimizer, discriminator_optimizer = optim.build(unet, training), optim.build(discriminator, of_discriminator)
 
@@ -159,12 +158,12 @@ def main() -> None:
             z_0_hat, _ = clean_and_noise(prediction, kind, z_last, alpha_bar[t_last])
             with accelerator.autocast():
                 x_hat = vae.decode(z_0_hat / vae.config.scaling_factor).sample.float()
-                seen = image_features(clip, shifted(x_hat, moves_of_drawn[0]), further)
+                seen = image_features(clip, shifted(x_hat, moves_of_drawn[0]))
         if trains_unet:
             target = prediction_target(kind, z_0[SQUARED], alpha_bar[t], noise[SQUARED])
             metrics["squared_error"] = squared_error(output[len(z_last) :], target).mean()
             discriminator.requires_grad_(False)
-            metrics["adversarial"] = mean_over_heads(map(generator_loss, discriminator(seen, of_drawn)))
+            metrics["adversarial"] = generator_loss(discriminator(seen, of_drawn).float())
             discriminator.requires_grad_(True)
             loss = metrics["squared_error"] + config.adversarial_weight * metrics["adversarial"]
             accelerator.backward(loss)
@@ -178,15 +177,13 @@ def main() -> None:
         for update in range(config.discriminator_updates):
             with torch.no_grad(), accelerator.autocast():
                 looks = shifted(kept, moves[1 + update]), shifted(x_hat, moves_of_drawn[1 + update])
-                features = image_features(clip, torch.cat(looks), further)
+                features = image_features(clip, torch.cat(looks))
             number = step * config.discriminator_updates + update
             penalised = config.gradient_penalty > 0 and number % PENALTY_EVERY == 0
             features = [layer.requires_grad_(penalised) for layer in features]
-            judged = discriminator(features, torch.cat([of_real, of_drawn]))
-            real, drawn = zip(*(logits.float().chunk(2) for logits in judged), strict=True)
-            loss = metrics["discriminator"] = mean_over_heads(map(discriminator_loss, real, drawn))
-            real_mean, drawn_mean = (mean_over_heads(y.mean(dim=1) for y in heads) for heads in (real, drawn))
-            metrics["told_apart"] = torch.cat([real_mean > 0, drawn_mean < 0]).float().mean()
+            real, drawn = discriminator(features, torch.cat([of_real, of_drawn])).float().chunk(2)
+            loss = metrics["discriminator"] = discriminator_loss(real, drawn)
+            metrics["told_apart"] = torch.cat([real.mean(dim=1) > 0, drawn.mean(dim=1) < 0]).float().mean()
             if penalised:
                 loss = loss + PENALTY_EVERY * config.gradient_penalty * gradient_penalty(real, features)
             accelerator.backward(loss)

@@ -31,8 +31,6 @@ from ldm.files import expanded, sha256
 
 OPEN_CLIP = "open_clip:"
 BATCH_SIZE = 64
-MOST_LAYERS = 4
-"""Of one network that a discriminator sees images through."""
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 FILES = [
     f"{place}{file}"
@@ -87,19 +85,6 @@ class Classifier(_Network):
     """Of its C labels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureLayers:
-    """Images -> what several layers say of their places."""
-
-    name: str
-    channels: tuple[int, ...]
-    """Of each layer."""
-    network: nn.Module
-    """Frozen; its own file's precision until it is moved."""
-    read: Callable[[Tensor], list[Tensor]]
-    """Images (B, 3, H, W) in [0, 1], of any size, on the network's device -> (B, C, h, w) each, with gradients."""
-
-
 def open_features(source: str | Path | FeatureNetwork, device: torch.device | str = "cpu") -> FeatureNetwork:
     """The network that a name or folder (see above) means; one that is open already is returned as it is.
 
@@ -122,36 +107,6 @@ def open_features(source: str | Path | FeatureNetwork, device: torch.device | st
         size=_probed(name, opened.image_size, opened.features),
         read=opened.features,
     )
-
-
-def open_layers(source: str | Path, device: torch.device | str = "cpu") -> FeatureLayers:
-    """The layers, evenly spread ones where there are many, of the image network in a folder or repository as
-    transformers has it: of ResNets and their like, and of transformers over patches.
-
-    Raises `UserError` as `open_features` does, and where its layers are not maps of an image.
-    """
-    name = str(source)
-    opened = _open_folder(name, torch.device(device))
-
-    def read(images: Tensor) -> list[Tensor]:
-        states = opened.model(pixel_values=opened.pixel_values(images), output_hidden_states=True).hidden_states[1:]
-        chosen = torch.linspace(0, len(states) - 1, min(len(states), MOST_LAYERS)).round().long().tolist()
-        return [_as_map(name, states[number], opened) for number in chosen]
-
-    with torch.no_grad():
-        shapes = [layer.shape for layer in read(torch.full((1, 3, opened.image_size, opened.image_size), 0.5))]
-    return FeatureLayers(name=name, channels=tuple(shape[1] for shape in shapes), network=opened.model, read=read)
-
-
-def _as_map(name: str, state: Tensor, opened: "_Opened") -> Tensor:
-    """(B, C, h, w) of a hidden state, of whose tokens those of the patches are the last."""
-    if state.ndim == 4:
-        return state
-    patch = getattr(opened.model.config, "patch_size", None)
-    side = opened.image_size // patch if isinstance(patch, int) and patch > 0 else 0
-    if state.ndim != 3 or not 0 < side**2 <= state.shape[1]:
-        raise UserError(f"'{name}': the layers of {opened.architecture} are not maps of an image; take another network")
-    return state[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def open_classifier(source: str | Path | Classifier, device: torch.device | str = "cpu") -> Classifier:
@@ -255,8 +210,6 @@ class _Opened(NamedTuple):
     features: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor] | None
     labels: dict[int, str]
-    model: PreTrainedModel
-    pixel_values: Callable[[Tensor], Tensor]
 
 
 def _open_folder(name: str, device: torch.device) -> _Opened:
@@ -286,14 +239,14 @@ def _open_folder(name: str, device: torch.device) -> _Opened:
 
     weights = f"{folder.name}, {fingerprint(sorted(root.glob('model*.safetensors')))}"
     if not type(model).__name__.endswith("ForImageClassification"):
-        return _Opened(type(model).__name__, weights, size, embeddings, None, {}, model, pixel_values)
+        return _Opened(type(model).__name__, weights, size, embeddings, None, {})
 
     def logits(images: Tensor) -> Tensor:
         return model(pixel_values=pixel_values(images)).logits
 
     penultimate = _reader_of_penultimate(name, model, logits)
     labels = {int(number): label for number, label in model.config.id2label.items()}
-    return _Opened(type(model).__name__, weights, size, penultimate, logits, labels, model, pixel_values)
+    return _Opened(type(model).__name__, weights, size, penultimate, logits, labels)
 
 
 def _load(name: str, root: Path) -> PreTrainedModel:

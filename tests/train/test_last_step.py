@@ -136,17 +136,6 @@ def test_what_the_first_model_says_of_its_prior_is_kept(base, run_script, tmp_pa
     }
 
 
-def test_the_discriminator_sees_through_another_network_too(base, run, run_script, tmp_path):
-    further = f"features={ROOT / 'tests' / 'benchmarks' / 'resnet_judge'}"
-    assert run_script("last_step", arguments(base, tmp_path / "run", further, "training.max_steps=2")) == 0
-    first, more = (load_file(folder / "checkpoints" / "step-000002" / "discriminator.safetensors")
-                   for folder in (run, tmp_path / "run"))  # fmt: skip
-    heads = {name.split(".")[1] for name in first if name.startswith("heads.")}
-    new = {name for name in more if name.startswith("heads.") and name.split(".")[1] not in heads}
-    assert [more[f"heads.{len(heads) + n}.first.weight"].shape[1] for n in range(3)] == [64, 160, 256]
-    assert len(new) + len(first) == len(more)
-
-
 def test_resumed_run_equals_the_uninterrupted_one(base, run, run_script, fails, logged, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -195,7 +184,6 @@ def test_a_model_without_a_prior(runs, run_script, arguments_of, tmp_path):
     [
         ("init=scratch", "init must be the folder or repository of a pipeline"),
         ("init=nowhere/at/all", "init nowhere/at/all: "),
-        ("features=nowhere/at/all", "nowhere/at/all"),
         ("training.batch_size=7", "training.batch_size 7: every process halves its photographs"),
         ("discriminator_channels=1", "discriminator_channels must be >= 2"),
         ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps must be 1 here"),

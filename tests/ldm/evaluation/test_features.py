@@ -20,8 +20,6 @@ from transformers import (
     ConvNextForImageClassification,
     Dinov2Config,
     Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -32,7 +30,7 @@ from transformers import (
 from ldm.clip import published
 from ldm.components.weights import read_header
 from ldm.errors import UserError
-from ldm.evaluation.features import fingerprint, open_classifier, open_features, open_layers, resized
+from ldm.evaluation.features import fingerprint, open_classifier, open_features, resized
 
 DEFAULT = Path(__file__).parents[3] / "pipelines" / "default"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -121,39 +119,6 @@ def test_greys_and_other_resolutions_are_seen_too(networks):
     grey = images()[:, :1]
     torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
     assert network(images(70, 40)).shape == (70, 16)
-
-
-@pytest.mark.parametrize(
-    ("name", "shapes"),
-    [
-        ("vit", [(16, 2, 2)]),
-        ("convnext", [(8, 8, 8), (12, 4, 4)]),
-        ("resnet", [(8, 4, 4), (12, 2, 2)]),
-        ("dinov2", [(16, 2, 2)]),
-    ],
-)
-def test_layers_are_maps_of_an_image_and_carry_gradients(networks, name, shapes):
-    layers, x = open_layers(networks / name), images().requires_grad_(True)
-    found = layers.read(x)
-    assert [tuple(layer.shape[1:]) for layer in found] == shapes
-    assert layers.channels == tuple(shape[0] for shape in shapes)
-    assert not any(p.requires_grad for p in layers.network.parameters())
-    sum(layer.square().sum() for layer in found).backward()
-    assert x.grad is not None and x.grad.any()
-
-
-def test_of_many_layers_four_and_the_places_of_patches_are_kept(tmp_path):
-    """Dinov2 with registers: a class token and these come before the patches."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 7, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    torch.manual_seed(0)
-    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)).save_pretrained(tmp_path)
-    PROCESSOR.save_pretrained(tmp_path)
-    layers, x = open_layers(tmp_path), images(2, 16)
-    found = layers.read(x)
-    assert [tuple(layer.shape) for layer in found] == [(2, 16, 4, 4)] * 4
-    states = layers.network(pixel_values=(x - 0.4) / 0.3, output_hidden_states=True).hidden_states
-    for layer, number in zip(found, (1, 3, 5, 7), strict=True):
-        torch.testing.assert_close(layer[1, :, 2, 3], states[number][1, 1 + 3 + 2 * 4 + 3])
 
 
 def test_what_is_open_is_returned(networks):
