@@ -34,15 +34,17 @@ class LastStepConfig(RunConfig):
     """Of the squared error: `uniform` or `logit_normal`."""
     adversarial_weight: float = 1.0
     """Of the adversarial loss, beside the squared error."""
-    adversarial_start: int = 20
+    adversarial_start: int = 60
     """Step from which the U-Net is trained: before it the discriminator learns alone."""
+    matching_weight: float = 0.5
+    """Of what the discriminator loses where it takes photographs for pictures of another's caption."""
     discriminator_updates: int = 3
     """For each update of the U-Net, on the same pictures."""
-    discriminator_channels: int = 96
-    """Of its heads on CLIP's features; half as many where it sees pixels."""
-    discriminator_learning_rate: float = 2e-3
+    discriminator_channels: int = 64
+    """Of its heads, and of its first convolution, whose number its stages double twice."""
+    discriminator_learning_rate: float = 1.5e-3
     gradient_penalty: float = 4e-3
-    """Weight of R1 (Mescheder et al. 2018), on the features of photographs."""
+    """Weight of R1 (Mescheder et al. 2018), on photographs and their features."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids; none draws none."""
 
@@ -54,7 +56,13 @@ class LastStepConfig(RunConfig):
         for name in ("num_prior_samples", "num_states", "discriminator_updates"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.discriminator_channels >= 2, "discriminator_channels", self.discriminator_channels, ">= 2")
-        for name in ("sample_guidance_scale", "sample_prior_guidance_scale", "adversarial_weight", "gradient_penalty"):
+        for name in (
+            "sample_guidance_scale",
+            "sample_prior_guidance_scale",
+            "adversarial_weight",
+            "matching_weight",
+            "gradient_penalty",
+        ):
             require(0 <= (getattr(self, name) or 0) < inf, name, getattr(self, name), ">= 0")
         require(0 < self.last_sigma < self.first_sigma < inf, "last_sigma", self.last_sigma,
                 f"above 0 and below first_sigma {self.first_sigma}")  # fmt: skip

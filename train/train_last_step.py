@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ldm import configuration, files, hub
 from ldm.autoencoders.discriminator import discriminator_loss, generator_loss
 from ldm.clip import export
-from ldm.clip.discriminator import FeatureDiscriminator, gradient_penalty, image_features, shifted
+from ldm.clip.discriminator import FeatureDiscriminator, gradient_penalty, image_features, mean_over_heads, shifted
 from ldm.data.batches import data_state, micro_batches, open_data
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.objective import squared_error, timesteps
@@ -137,6 +137,7 @@ def main() -> None:
             is_unknown = torch.zeros(len(captions), device=device)
             of_states = last_step.told_to_judge(clip, captions, embeds[BEGUN], is_unknown, statistics)
             of_drawn = torch.cat([of_real[BEGUN], of_states])
+            of_others = of_real.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # of each photograph its neighbour's
             kept = vae.decode(z_0 / vae.config.scaling_factor).sample.float()  # all that a picture can be
 
         # U-Net: one pass for the last step and for the squared error
@@ -163,7 +164,7 @@ def main() -> None:
             target = prediction_target(kind, z_0[SQUARED], alpha_bar[t], noise[SQUARED])
             metrics["squared_error"] = squared_error(output[len(z_last) :], target).mean()
             discriminator.requires_grad_(False)
-            metrics["adversarial"] = generator_loss(discriminator(seen, of_drawn).float())
+            metrics["adversarial"] = mean_over_heads(generator_loss(y.float()) for y in discriminator(seen, of_drawn))
             discriminator.requires_grad_(True)
             loss = metrics["squared_error"] + config.adversarial_weight * metrics["adversarial"]
             accelerator.backward(loss)
@@ -181,9 +182,14 @@ def main() -> None:
             number = step * config.discriminator_updates + update
             penalised = config.gradient_penalty > 0 and number % PENALTY_EVERY == 0
             features = [layer.requires_grad_(penalised) for layer in features]
-            real, drawn = discriminator(features, torch.cat([of_real, of_drawn])).float().chunk(2)
-            loss = metrics["discriminator"] = discriminator_loss(real, drawn)
-            metrics["told_apart"] = torch.cat([real.mean(dim=1) > 0, drawn.mean(dim=1) < 0]).float().mean()
+            judged = discriminator(features, torch.cat([of_real, of_drawn]), of_others)
+            sizes = len(of_real), len(of_drawn), len(of_others)
+            real, drawn, others = zip(*(logits.float().split(sizes) for logits in judged), strict=True)
+            loss = metrics["discriminator"] = mean_over_heads(map(discriminator_loss, real, drawn))
+            metrics["matching"] = mean_over_heads(map(discriminator_loss, real, others))
+            loss = loss + config.matching_weight * metrics["matching"]
+            real_mean, drawn_mean = (mean_over_heads(y.mean(dim=1) for y in heads) for heads in (real, drawn))
+            metrics["told_apart"] = torch.cat([real_mean > 0, drawn_mean < 0]).float().mean()
             if penalised:
                 loss = loss + PENALTY_EVERY * config.gradient_penalty * gradient_penalty(real, features)
             accelerator.backward(loss)

@@ -1,14 +1,13 @@
 """A discriminator that sees images through CLIP's image tower, which stays as it is (Sauer et al. 2021,
-arXiv:2111.01007; of text-to-image models Sauer et al. 2023, arXiv:2311.17042), and their patches of pixels, to whose
-textures the tower is blind."""
+arXiv:2111.01007; of text-to-image models Sauer et al. 2023, arXiv:2311.17042), and with convolutions of its own."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.autoencoders.discriminator import PatchDiscriminator
 from ldm.clip.export import ClipTowers
 
 SHIFT = 8
@@ -41,41 +40,77 @@ def shifted(images: Tensor, draws: Tensor) -> Tensor:
 
 
 class FeatureDiscriminator(nn.Module):
-    """Judges the features of several layers, each by a head of its own, as pictures of what a condition says, and
-    images' patches for themselves."""
+    """Judges images as pictures of what a condition says: by the features of several layers of a network that stays as
+    it is, and by those of convolutions of its own, which learn the details that one has no eye for."""
 
     def __init__(self, feature_channels: list[int], condition_dim: int, channels: int):
         super().__init__()
-        self.patches = PatchDiscriminator(channels // 2)
-        self.heads = nn.ModuleList(_Head(width, condition_dim, channels) for width in feature_channels)
+        self.first = nn.Conv2d(3, channels, 4, stride=2, padding=1)
+        self.stages = nn.ModuleList(_Stage(channels * i, channels * o) for i, o in ((1, 2), (2, 4), (4, 4)))
+        self.heads = nn.ModuleList(_Head(width, condition_dim, channels, 2) for width in feature_channels)
+        self.heads.extend(_Head(channels * o, condition_dim, channels, 0) for o in (2, 4, 4))
 
-    def forward(self, features: list[Tensor], condition: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor], condition: Tensor, other: Tensor | None = None) -> list[Tensor]:
         """features: what `image_features` gives, (B, C, h, w) each; condition (B, E), about standard normal. Returns
-        logits (B, N), high for real, one for each place in each layer."""
+        each head's logits (B, N), high for real, one for each place; with `other` (R, E) those of the first R images
+        under that condition after them, (B + R, N)."""
         images, *layers = features
-        judged = (head(x, condition) for head, x in zip(self.heads, layers, strict=True))
-        return torch.cat([self.patches(images).flatten(1), *judged], dim=1)
+        x = self.first(images)
+        for stage in self.stages:
+            x, seen = stage(x)
+            layers.append(seen)
+        return [head(layer, condition, other) for head, layer in zip(self.heads, layers, strict=True)]
+
+
+class _Stage(nn.Module):
+    """(B, C, H, W) -> (B, D, H/2, W/2), and (B, D, H, W) for a head."""
+
+    def __init__(self, narrow: int, wide: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(16, narrow), narrow) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv2d(narrow, out, 3, padding=1) for out in (narrow, wide))
+        self.skip = nn.Conv2d(narrow, wide, 1) if narrow != wide else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = x
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            h = convolution(F.leaky_relu(norm(h), 0.2))
+        h = self.skip(x) + h
+        return F.avg_pool2d(h, 2), h
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, condition_dim: int, channels: int):
+    def __init__(self, width: int, condition_dim: int, channels: int, num_blocks: int):
         super().__init__()
         self.first = nn.Conv2d(width, channels, 1)
-        self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_blocks))
         self.last = nn.Conv2d(channels, 1, 1)
         self.project = nn.Linear(condition_dim, channels, bias=False)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, other: Tensor | None) -> Tensor:
         h = F.leaky_relu(self.first(x), 0.2)
         for block in self.blocks:
             h = h + F.leaky_relu(block(h), 0.2)
+        logits = self._logits(h, condition)
+        return logits if other is None else torch.cat([logits, self._logits(h[: len(other)], other)])
+
+    def _logits(self, h: Tensor, condition: Tensor) -> Tensor:
         fits = (h * self.project(condition)[:, :, None, None]).sum(dim=1, keepdim=True)  # Miyato & Koyama 2018
         return (self.last(h) + fits / math.sqrt(h.shape[1])).flatten(1)
 
 
-def gradient_penalty(logits: Tensor, features: list[Tensor]) -> Tensor:
-    """R1 (Mescheder et al. 2018, equation 9): the squared gradient of each sample's mean logit (B, N) with respect to
-    its features, in units of theirs, mean over the batch and sum over layers. Needs a graph from features to logits."""
-    gradients = torch.autograd.grad(logits.mean(dim=1).sum(), features, create_graph=True)
-    pairs = zip(gradients, features, strict=True)
-    return sum(gradient.square().flatten(1).sum(dim=1).mean() * layer[0].numel() for gradient, layer in pairs)
+def mean_over_heads(values: Iterable[Tensor]) -> Tensor:
+    """Every head counts alike, however many places it looks at."""
+    return torch.stack(list(values)).mean(dim=0)
+
+
+def gradient_penalty(logits: list[Tensor], features: list[Tensor]) -> Tensor:
+    """R1 (Mescheder et al. 2018, equation 9): the squared gradient of each sample's mean logit, of each head's (B, N),
+    with respect to its pixels and, in units of theirs, its features; mean over the batch and sum over layers. Needs a
+    graph from features to logits."""
+    whole = mean_over_heads(of_head.mean(dim=1) for of_head in logits).sum()
+    squares = (g.square().flatten(1) for g in torch.autograd.grad(whole, features, create_graph=True))
+    of_images, *of_layers = (
+        square.sum(dim=1).mean() * (square.shape[1] if n else 1) for n, square in enumerate(squares)
+    )
+    return sum(of_layers, of_images)
