@@ -37,7 +37,8 @@ class LastStepConfig(RunConfig):
     adversarial_start: int = 60
     """Step from which the U-Net is trained: before it the discriminator learns alone."""
     matching_weight: float = 0.5
-    """Of what the discriminator loses where it takes photographs for pictures of another's caption."""
+    """Of what the discriminator loses where it takes photographs for pictures of another's caption (Reed et al. 2016,
+    arXiv:1605.05396)."""
     discriminator_updates: int = 3
     """For each update of the U-Net, on the same pictures."""
     discriminator_channels: int = 64

@@ -4,9 +4,9 @@
 
 From the pipeline in `init`, which then draws from noise down to `last_sigma` and from there to the picture in one step.
 At all timesteps the U-Net goes on learning what it did; at that one it has, besides, an adversarial loss in the eyes of
-CLIP (Jolicoeur-Martineau et al. 2021, arXiv:2009.05475; Sauer et al. 2021, arXiv:2111.01007). The step begins with
-noised photographs, and where drawing from text comes to. Leaves `<output_dir>/model/{unet,scheduler,…,settings.json}`,
-which `ldm assemble --unet` puts in the place of those in `init`.
+CLIP and of convolutions that learn with it (Jolicoeur-Martineau et al. 2021, arXiv:2009.05475; Sauer et al. 2021,
+arXiv:2111.01007). The step begins with noised photographs, and where drawing from text comes to. Leaves
+`<output_dir>/model/{unet,scheduler,…,settings.json}`, which `ldm assemble --unet` puts in the place of those in `init`.
 """
 
 import json

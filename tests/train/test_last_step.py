@@ -53,9 +53,9 @@ def run(base, run_script, tmp_path_factory) -> Path:
 
 def test_the_losses_and_what_is_trained(base, run, logged):
     lines = logged(run)
-    assert [sorted(line.keys() & {"squared_error", "adversarial", "discriminator"}) for line in lines] == [
-        ["discriminator"],
-        *[["adversarial", "discriminator", "squared_error"]] * 3,
+    assert [sorted(line.keys() & {"squared_error", "adversarial", "discriminator", "matching"}) for line in lines] == [
+        ["discriminator", "matching"],
+        *[["adversarial", "discriminator", "matching", "squared_error"]] * 3,
     ]
     assert all(0 < line["squared_error"] < 10 for line in lines[1:])
     assert (run / "samples" / "step-000004.png").is_file()
@@ -158,7 +158,7 @@ def test_two_processes_train_what_one_does(base, run_script, pair, logged, tmp_p
     one, two = (load_file(tmp_path / name / "states.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-4) for name in one)
     one, two = (logged(tmp_path / name) for name in ("one", "two"))
-    for name in ("discriminator", "adversarial", "squared_error"):
+    for name in ("discriminator", "matching", "adversarial", "squared_error"):
         first, second = (torch.tensor([line[name] for line in lines if name in line]) for lines in (one, two))
         torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
 
@@ -186,6 +186,7 @@ def test_a_model_without_a_prior(runs, run_script, arguments_of, tmp_path):
         ("init=nowhere/at/all", "init nowhere/at/all: "),
         ("training.batch_size=7", "training.batch_size 7: every process halves its photographs"),
         ("discriminator_channels=1", "discriminator_channels must be >= 2"),
+        ("matching_weight=-1", "matching_weight must be >= 0"),
         ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps must be 1 here"),
         ("training.find_micro_batch=true", "training.find_micro_batch"),
         ("last_sigma=60", "last_sigma must be above 0 and below first_sigma"),
