@@ -39,12 +39,12 @@ def assemble(
     """Puts the stages' components together in `output`, weights in `dtype` (float16 or float32). Returns the folder.
 
     Each stage is a run folder, its `model/` folder, or a pipeline's folder or repository, of which that stage is taken;
-    `prior` None for a U-Net of captions alone. The pipeline draws with the guidance of the U-Net run's sample grids, or
-    with the settings of the U-Net's pipeline, and computes in float32, whatever the weights are stored in, unless it is
-    opened otherwise. CLIP's image tower is copied beside the components: what reads images, and what a cache of further
-    training is made with; without a prior all of CLIP is, since no component then has the text tower's projection.
-    Stock pipelines pass over it. Raises `UserError` where a stage is incomplete or does not fit the others, or `output`
-    is in use; nothing is left behind then.
+    `prior` None for a U-Net of captions alone. The pipeline draws with the guidance of the U-Net run's sample grids,
+    with the settings that a run of the last step was trained for, or with those of the U-Net's pipeline, and computes
+    in float32, whatever the weights are stored in, unless it is opened otherwise. CLIP's image tower is copied beside
+    the components: what reads images, and what a cache of further training is made with; without a prior all of CLIP
+    is, since no component then has the text tower's projection. Stock pipelines pass over it. Raises `UserError` where
+    a stage is incomplete or does not fit the others, or `output` is in use; nothing is left behind then.
     """
     if dtype not in FLOAT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOAT_DTYPES)}")

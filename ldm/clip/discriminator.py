@@ -56,14 +56,14 @@ class FeatureDiscriminator(nn.Module):
         under that condition after them, (B + R, N)."""
         images, *layers = features
         x = self.first(images)
-        for stage in self.stages:
-            x, seen = stage(x)
-            layers.append(seen)
+        for number, stage in enumerate(self.stages):
+            x = stage(F.avg_pool2d(x, 2) if number else x)
+            layers.append(x)
         return [head(layer, condition, other) for head, layer in zip(self.heads, layers, strict=True)]
 
 
 class _Stage(nn.Module):
-    """(B, C, H, W) -> (B, D, H/2, W/2), and (B, D, H, W) for a head."""
+    """(B, C, H, W) -> (B, D, H, W)."""
 
     def __init__(self, narrow: int, wide: int):
         super().__init__()
@@ -71,12 +71,11 @@ class _Stage(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv2d(narrow, out, 3, padding=1) for out in (narrow, wide))
         self.skip = nn.Conv2d(narrow, wide, 1) if narrow != wide else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         h = x
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
             h = convolution(F.leaky_relu(norm(h), 0.2))
-        h = self.skip(x) + h
-        return F.avg_pool2d(h, 2), h
+        return self.skip(x) + h
 
 
 class _Head(nn.Module):
