@@ -1,10 +1,20 @@
 """Networks compiled block by block, which takes less time than a whole U-Net does, for nearly the same speed."""
 
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+LINKED_WITHIN = 5.0
+"""Seconds in which another process that is compiling has written the whole of a library."""
 
 
 def compile_blocks(model: nn.Module, activation_memory: float = 1.0) -> None:
@@ -13,6 +23,7 @@ def compile_blocks(model: nn.Module, activation_memory: float = 1.0) -> None:
     activation_memory: the share, in (0, 1], of what a block would keep for its backward pass; the rest is computed
     again, those activations first that cost least. Holds for the whole process.
     """
+    discard_unfinished(Path(cache_dir()))
     torch._functorch.config.activation_memory_budget = activation_memory
     blocks = outermost(model)
     # One graph for each shape of a block's weights and input, in training and outside; beyond the limit torch stops
@@ -31,3 +42,31 @@ def outermost(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, ResidualAttentionBlock)):
         return [module]
     return [block for child in module.children() for block in outermost(child)]
+
+
+def discard_unfinished(cache: Path) -> list[Path]:
+    """Removes from torch's cache the libraries that a killed run left half linked, and returns them: torch writes them
+    in place, and every later run would load them and fail."""
+    unfinished = []
+    for path in cache.glob("*/*.so"):
+        with suppress(FileNotFoundError):  # another process may remove it first
+            if time.time() - path.stat().st_mtime > LINKED_WITHIN and not is_whole(path):
+                path.unlink()
+                unfinished.append(path)
+    return unfinished
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a file is as long as its ELF header, which a linker writes last, says; of another format, whether
+    anything is in it."""
+    size = library.stat().st_size
+    if sys.platform != "linux" or size == 0:
+        return size > 0
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[4:6] in (b"\x01\x01", b"\x01\x02", b"\x02\x02"):  # 32 bits, or the highest byte first
+        return True
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    (begin,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return begin > 0 and begin + entry * count <= size  # the table of sections, which is at the end

@@ -66,10 +66,15 @@ class Side:
         begin = time.monotonic()
         while self.steps() < 3:
             if self.process.poll() is not None or time.monotonic() - begin > GIVE_UP:
-                raise RunError(f"{self.name} did not train: see {self.output.with_suffix('.log')}")
+                raise RunError(f"{self.name} did not train: {self.last_words()}")
             time.sleep(0.05)
         print(f"{self.name}: third step after {time.monotonic() - begin:.0f} s", flush=True)
         self.pause()
+
+    def last_words(self) -> str:
+        """How the process ended, and the last line of its log."""
+        said = self.output.with_suffix(".log").read_text().strip().splitlines()
+        return f"exit code {self.process.poll()}; {said[-1] if said else 'it said nothing'}"
 
     def steps(self) -> int:
         path = self.output / "metrics.jsonl"
@@ -96,7 +101,7 @@ class Side:
     def _next_step(self, before: int) -> tuple[int, float]:
         while (steps := self.steps()) <= before:
             if self.process.poll() is not None:
-                raise RunError(f"{self.name} ended: see {self.output.with_suffix('.log')}")
+                raise RunError(f"{self.name} ended: {self.last_words()}")
             time.sleep(0.02)  # more often, and looking takes a twentieth of a core from sides that use all
         return steps, time.monotonic()
 

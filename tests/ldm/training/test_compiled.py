@@ -1,11 +1,16 @@
 """Compiled blocks compute what they did, under the names they had."""
 
+import os
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ldm.training.compiled import compile_blocks, outermost
+from ldm.training.compiled import compile_blocks, discard_unfinished, outermost
 
 
 def test_blocks_are_compiled_in_place():
@@ -50,3 +55,22 @@ def test_less_is_kept_for_the_backward_pass_and_the_gradients_stay():
 def test_a_block_inside_another_is_part_of_it():
     model = nn.Sequential(nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2)), nn.Conv2d(8, 1, 1))
     assert outermost(model) == [model[0][0]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF headers")
+def test_libraries_that_a_killed_run_left_half_linked_are_removed(tmp_path):
+    library = (Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes()
+    folder = tmp_path / "ab"
+    folder.mkdir()
+    half = {
+        "empty": b"",
+        "header": library[:40],
+        "half": library[: len(library) // 2],
+        "unwritten_header": bytes(64) + library[64:],
+    }
+    for name, content in (half | {"whole": library, "being_linked": b""}).items():
+        (folder / f"{name}.so").write_bytes(content)
+        if name != "being_linked":
+            os.utime(folder / f"{name}.so", (0, 0))
+    assert {path.stem for path in discard_unfinished(tmp_path)} == set(half)
+    assert {path.stem for path in folder.iterdir()} == {"whole", "being_linked"}
