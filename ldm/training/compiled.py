@@ -57,16 +57,15 @@ def discard_unfinished(cache: Path) -> list[Path]:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether a file is as long as its ELF header, which a linker writes last, says; of another format, whether
+    """Whether a file is as long as its ELF header, which a linker writes last, says; elsewhere than on Linux, whether
     anything is in it."""
     size = library.stat().st_size
     if sys.platform != "linux" or size == 0:
         return size > 0
     with library.open("rb") as file:
-        header = file.read(64)
-    if header[4:6] in (b"\x01\x01", b"\x01\x02", b"\x02\x02"):  # 32 bits, or the highest byte first
-        return True
+        header = file.read(64)  # of 64 bits: torch has no others
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return False
-    (begin,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    order = ">" if header[5] == 2 else "<"
+    (begin,), (entry, count) = struct.unpack_from(f"{order}Q", header, 40), struct.unpack_from(f"{order}HH", header, 58)
     return begin > 0 and begin + entry * count <= size  # the table of sections, which is at the end

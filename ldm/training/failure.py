@@ -157,8 +157,8 @@ class Guard:
 
 
 def in_words(main: Callable[[], None] | None = None, *, less_memory: str = LESS_MEMORY, go_on: str = GO_ON) -> Callable:
-    """Decorates a script's `main`: where memory runs out, the disk does, or another process of the run is lost,
-    RunError says so in one line, with what the script has against it."""
+    """Decorates a script's `main`: where memory runs out, the disk does, another process of the run is lost, or
+    blocks cannot be compiled, RunError says so in one line, with what the script has against it."""
     if main is None:
         return functools.partial(in_words, less_memory=less_memory, go_on=go_on)
 
@@ -178,6 +178,12 @@ def in_words(main: Callable[[], None] | None = None, *, less_memory: str = LESS_
                 raise RunError(
                     f"memory ran out ({str(error).splitlines()[0][:120]}); set {less_memory}; {go_on}"
                 ) from None
+            if _is_of_compiler(error):
+                reason = str(error.inner_exception).splitlines()[0][:240]
+                raise RunError(
+                    f"a block cannot be compiled ({type(error.inner_exception).__name__}: {reason}); set "
+                    f"training.compile=false, or mend torch's compiler; {go_on}"
+                ) from None
             if not _is_of_processes(error):
                 raise
             if re.search("time(d )?out", str(error), re.IGNORECASE):
@@ -188,6 +194,12 @@ def in_words(main: Callable[[], None] | None = None, *, less_memory: str = LESS_
             raise RunError(f"another process of this run has ended, and this one with it; {go_on}") from None
 
     return told
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import BackendCompilerFailed  # a second of imports, for runs that fail alone
+
+    return isinstance(error, BackendCompilerFailed)
 
 
 def _is_of_disks(error: OSError | SafetensorError) -> bool:

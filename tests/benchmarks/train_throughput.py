@@ -72,9 +72,10 @@ class Side:
         self.pause()
 
     def last_words(self) -> str:
-        """How the process ended, and the last line of its log."""
-        said = self.output.with_suffix(".log").read_text().strip().splitlines()
-        return f"exit code {self.process.poll()}; {said[-1] if said else 'it said nothing'}"
+        """How the process ended, and what its log says of why, at best the line of an error."""
+        said = self.output.with_suffix(".log").read_text().strip().splitlines() or ["it said nothing"]
+        why = [line for line in said if line.startswith(("error:", "failed:"))] or said
+        return f"exit code {self.process.poll()}; {why[-1]}"
 
     def steps(self) -> int:
         path = self.output / "metrics.jsonl"

@@ -57,7 +57,7 @@ def test_a_block_inside_another_is_part_of_it():
     assert outermost(model) == [model[0][0]]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF headers")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere libraries are no ELF files")
 def test_libraries_that_a_killed_run_left_half_linked_are_removed(tmp_path):
     library = (Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes()
     folder = tmp_path / "ab"

@@ -190,6 +190,19 @@ def test_a_full_disk_is_told_in_words(tmp_path):
         fills((tmp_path / "absent" / "x").read_text)
 
 
+def test_a_compiler_that_is_missing_is_told_in_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+
+    @failure.in_words
+    def run():
+        torch.compile(lambda x: x.sin() * 3 + x.cos())(torch.ones(64))
+
+    with pytest.raises(RunError, match=r"cannot be compiled \(.+\); set training\.compile=false") as told:
+        run()
+    assert "\n" not in str(told.value)
+
+
 def test_memory_that_runs_out_is_told_in_words():
     @failure.in_words
     def takes_too_much():
